@@ -1,0 +1,1 @@
+"""Learning Deconvolution Network for Semantic Segmentation (Noh, Hong, Han, ICCV 2015)."""

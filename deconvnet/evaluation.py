@@ -1,0 +1,202 @@
+"""Measuring methods on a data set, and writing down what was measured and how.
+
+One pass over the images serves every rung of the paper's ladder: whatever
+:class:`~deconvnet.inference.Predictor` computed on the way to its last map is judged too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from deconvnet.files import atomic_write
+from deconvnet.inference import Prediction
+from deconvnet.metrics import BoundaryConfusionMatrix, ConfusionMatrix
+from deconvnet.voc import Sample, VOCDataset
+
+BOUNDARY_WIDTH = 3
+"""Pixels on either side of a boundary that count as near it."""
+
+STAGES = {
+    "fcn": "fcn_probabilities",
+    "deconvnet": "deconvnet_probabilities",
+    "ensemble": "ensemble_probabilities",
+    "crf": "crf_probabilities",
+}
+
+
+class Score:
+    """What one method reached on a data set: confusion everywhere and near boundaries.
+
+    Args:
+        num_classes: Number of classes, the background included.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.overall = ConfusionMatrix(num_classes)
+        self.boundary = BoundaryConfusionMatrix(num_classes, BOUNDARY_WIDTH)
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Adds one image's label map, ``uint8 [H, W]`` each."""
+        self.overall.update(prediction, target)
+        self.boundary.update(prediction, target)
+
+    def summary(self, class_names: Sequence[str]) -> dict[str, object]:
+        """The figures as JSON-like values, in per cent; ``None`` for a class that is absent."""
+        per_class = {
+            name: None if iou != iou else round(100 * iou, 2)
+            for name, iou in zip(class_names, self.overall.iou().tolist())
+        }
+        return {
+            "miou": round(100 * self.overall.mean_iou(), 2),
+            "pixel_accuracy": round(100 * self.overall.pixel_accuracy(), 2),
+            "boundary_accuracy": round(100 * self.boundary.pixel_accuracy(), 2),
+            "boundary_miou": round(100 * self.boundary.mean_iou(), 2),
+            "per_class_iou": per_class,
+        }
+
+
+def evaluate(
+    predict: Callable[[int, Sample], Mapping[str, Tensor]],
+    dataset: VOCDataset,
+    limit: int | None = None,
+    progress: bool = True,
+) -> dict[str, Score]:
+    """Judges one or more methods on a data set, at the images' own sizes.
+
+    Args:
+        predict: Takes an image's index and sample; returns label maps ``uint8 [H, W]`` by
+            method, the same methods for every image.
+        dataset: Images and their annotated label maps.
+        limit: Only the first so many images.
+        progress: Show a progress bar.
+
+    Returns:
+        One :class:`Score` a method.
+
+    Raises:
+        ValueError: The data set is empty, or a label map has another size than its image.
+    """
+    count = min(len(dataset), limit or len(dataset))
+    if count == 0:
+        raise ValueError(f"{dataset.root}: split {dataset.split!r} has no images to evaluate on")
+    scores: dict[str, Score] = {}
+    for i in tqdm(range(count), unit="image", disable=not progress):
+        sample = dataset[i]
+        for method, labels in predict(i, sample).items():
+            score = scores.setdefault(method, Score(dataset.num_classes))
+            score.update(labels, sample.labels)
+    return scores
+
+
+def stage_labels(prediction: Prediction) -> dict[str, Tensor]:
+    """The label map that each stage of one prediction would have given, ``uint8 [H, W]``."""
+    maps = {method: getattr(prediction, field) for method, field in STAGES.items()}
+    return {m: p.argmax(0).to("cpu", torch.uint8) for m, p in maps.items() if p is not None}
+
+
+def record(path: str | Path, **facts: object) -> dict[str, object]:
+    """Writes one run's results as JSON, with what is needed to repeat it.
+
+    Args:
+        path: The ``.json`` file.
+        **facts: Results and settings.
+
+    Returns:
+        What was written: the facts, and the command, commit, machine, versions and time.
+    """
+    run = {
+        **facts,
+        "command": " ".join(["deconvnet" if is_cli() else "python " + command_name()]
+                            + [shlex.quote(a) for a in sys.argv[1:]]),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(run, indent=2) + "\n")
+    return run
+
+
+def is_cli() -> bool:
+    """Whether this process is the ``deconvnet`` command."""
+    return Path(sys.argv[0]).stem == "deconvnet" or sys.argv[0].endswith("deconvnet/__main__.py")
+
+
+def command_name() -> str:
+    """The running script, relative to the current folder where it lies below it."""
+    script = Path(sys.argv[0])
+    here = Path.cwd()
+    return str(script.relative_to(here) if script.is_relative_to(here) else script)
+
+
+def commit() -> str | None:
+    """The git commit of the package's source, marked ``-dirty`` if the code was changed since."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", str(here))
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed from a wheel: the version says which code it was
+
+
+def machine() -> dict[str, object]:
+    """The hardware in words."""
+    facts: dict[str, object] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, torch, OpenCV and this package."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("deconvnet", "torch", "torchvision", "opencv-contrib-python", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_log(path: str | Path) -> list[dict[str, float | None]]:
+    """Reads a training log (``log.csv``) as one dictionary a row; absent values are ``None``."""
+    import csv
+
+    with open(path, newline="") as file:
+        return [
+            {key: float(value) if value else None for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,412 @@
+"""From an image to a label map: proposals, crops, score maps, and their pixel-wise maximum.
+
+Every proposal is segmented by itself and its score map pasted back where it came from. The
+map of the whole image grows in place, one maximum after the other, so that memory does not
+depend on the number of proposals. Softmax, the mean with FCN's probabilities and a dense CRF
+follow. Each step is a function of its own; :class:`Predictor` runs them in order and keeps
+what each of them gave.
+
+Source: Noh, Hong, Han, ICCV 2015, section 4.3; the release's way of doing it,
+``inference/generate_EDeconvNet_CRF_results.m``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deconvnet.aggregation import Box, ScoreCanvas, cut_crops
+from deconvnet.crf import CRFConfig, dense_crf
+from deconvnet.ensemble import mean_of_probabilities, product_of_scores
+from deconvnet.instances import expand_box, pixel_box, square_box
+from deconvnet.model import PixelNormalisation
+from deconvnet.proposals import EdgeBoxesConfig, Proposals, edge_boxes
+from deconvnet.voc import read_image
+from deconvnet.weights import load_model, pretrained
+
+OnProposal = Callable[[int, Box, Tensor], None]
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How proposals become one map of scores; the defaults are the paper's way.
+
+    Raises:
+        ValueError: If a field is out of range.
+    """
+
+    num_proposals: int = 50  # of the highest objectness, an image (paper, section 4.3)
+    context: float = 1.2  # box side after / before enlarging, as in training (section 4.2)
+    convention: str = "paper"  # "release": square boxes, no scores below 0, product ensemble
+    combine: str = "max"  # "sum": the alternative that the paper found worse
+    min_side: int = 0  # px; smaller boxes are skipped before counting (release: 112)
+    include_whole_image: bool = False  # one more box, so that every pixel is seen; ours
+    batch_size: int = 16  # crops that go through the network at once; ours
+    half_precision: bool = True  # 16-bit autocast on GPUs; the CPU always computes in float32
+
+    def __post_init__(self) -> None:
+        if self.convention not in ("paper", "release"):
+            raise ValueError(f'convention must be "paper" or "release", got {self.convention!r}')
+        if self.combine not in ("max", "sum"):
+            raise ValueError(f'combine must be "max" or "sum", got {self.combine!r}')
+        if not (math.isfinite(self.context) and self.context > 0):
+            raise ValueError(f"context must be a positive factor, got {self.context}")
+        for name, least in (("num_proposals", 0), ("min_side", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @classmethod
+    def release(cls, input_size: int = 224) -> InferenceConfig:
+        """The authors' released code: squares of at least half the network's input."""
+        return cls(convention="release", min_side=input_size // 2)
+
+
+def select_boxes(
+    boxes: Tensor, image_size: tuple[int, int], config: InferenceConfig = InferenceConfig()
+) -> list[Box]:
+    """Turns sorted proposals into the boxes that the network looks at.
+
+    Args:
+        boxes: Proposals ``[N, 4]``, xyxy pixels, half open, the best one first.
+        image_size: Height and width in pixels.
+        config: How many boxes, how much context, which convention.
+
+    Returns:
+        At most ``num_proposals`` boxes ``(x0, y0, x1, y1)`` in whole pixels, enlarged and
+        possibly running outside the image; then the whole image, if the configuration says so.
+
+    Raises:
+        ValueError: The boxes are not ``[N, 4]``, not finite or empty.
+    """
+    boxes = torch.as_tensor(boxes, dtype=torch.float32).cpu()
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes must be [N, 4] (x0, y0, x1, y1), got {list(boxes.shape)}")
+    enlarged = expand_box(boxes, config.context)
+    if config.convention == "release":
+        enlarged = square_box(enlarged)
+    selected = []
+    for x0, y0, x1, y1 in map(pixel_box, enlarged.tolist()):
+        if len(selected) == config.num_proposals:
+            break
+        if min(x1 - x0, y1 - y0) >= config.min_side:
+            selected.append((x0, y0, x1, y1))
+    if config.include_whole_image:
+        height, width = image_size
+        selected.append((0, 0, width, height))
+    return selected
+
+
+@torch.no_grad()
+def aggregate_proposals(
+    model: nn.Module,
+    image: Tensor,
+    boxes: Tensor,
+    config: InferenceConfig = InferenceConfig(),
+    on_proposal: OnProposal | None = None,
+) -> Tensor:
+    """Segments every proposal by itself and combines the score maps pixel by pixel.
+
+    Args:
+        model: A DeconvNet in evaluation mode.
+        image: ``uint8 [3, H, W]``, RGB.
+        boxes: Proposals ``[N, 4]``, xyxy pixels, half open, the best one first.
+        config: How many of them, and how they are combined.
+        on_proposal: Called after each box as ``on_proposal(index, box, scores)`` with the
+            aggregate so far, ``[C, H, W]``. The next box changes it in place: clone to keep.
+
+    Returns:
+        Scores before softmax, ``float32 [C, H, W]`` on the model's device; all 0 (which means
+        background) without boxes.
+
+    Raises:
+        TypeError: The image is not a ``uint8`` tensor.
+        ValueError: Image, boxes or the network's scores are malformed or not finite, or the
+            model is in training mode.
+    """
+    image = check_image(image).to(_device(model))
+    size, height_width = model.config.input_size, tuple(image.shape[1:])
+    selected = select_boxes(boxes, height_width, config)
+    canvas = ScoreCanvas(
+        model.config.num_classes, height_width, config.convention, config.combine, image.device
+    )
+    for start in range(0, len(selected), config.batch_size):
+        batch = selected[start : start + config.batch_size]
+        scores = _run(model, cut_crops(image, batch, size), config.half_precision).contiguous()
+        for i, (box, crop_scores) in enumerate(zip(batch, scores), start):
+            canvas.paste(box, crop_scores)
+            if on_proposal is not None:
+                on_proposal(i, box, canvas.scores)
+    return canvas.scores
+
+
+@torch.no_grad()
+def whole_image_scores(model: nn.Module, image: Tensor, half_precision: bool = True) -> Tensor:
+    """Segments the image as one crop: DeconvNet without its instance-wise idea.
+
+    Args:
+        model: A DeconvNet in evaluation mode.
+        image: ``uint8 [3, H, W]``, RGB; it is warped to the network's square input.
+        half_precision: 16-bit autocast on GPUs.
+
+    Returns:
+        Scores before softmax, ``float32 [C, H, W]`` on the model's device.
+    """
+    image = check_image(image).to(_device(model))
+    _, height, width = image.shape
+    box = (0, 0, width, height)
+    scores = _run(model, cut_crops(image, [box], model.config.input_size), half_precision)
+    canvas = ScoreCanvas(model.config.num_classes, (height, width), device=image.device)
+    canvas.paste(box, scores[0])
+    return canvas.scores
+
+
+@torch.no_grad()
+def fcn_scores(fcn: nn.Module, image: Tensor, half_precision: bool = True) -> Tensor:
+    """Segments the image at its own size with a fully convolutional network.
+
+    Args:
+        fcn: :class:`deconvnet.fcn.FCN8s`, :class:`TorchvisionFCN` or the like, in evaluation
+            mode.
+        image: ``uint8 [3, H, W]``, RGB.
+        half_precision: 16-bit autocast on GPUs.
+
+    Returns:
+        Scores before softmax, ``float32 [C, H, W]`` on the network's device.
+    """
+    image = check_image(image).to(_device(fcn))
+    scores = _run(fcn, image[None], half_precision)[0].float()
+    if scores.shape[1:] != image.shape[1:]:
+        raise ValueError(
+            f"the FCN must score every pixel of the image {list(image.shape[1:])}, "
+            f"got a map of {list(scores.shape[1:])}"
+        )
+    return scores
+
+
+class TorchvisionFCN(nn.Module):
+    """Lets a segmentation network of torchvision take FCN-8s's place.
+
+    Args:
+        network: For example ``torchvision.models.segmentation.fcn_resnet50(weights="DEFAULT")``,
+            which knows the 21 VOC classes.
+        num_classes: Number of classes that it scores.
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int = 21) -> None:
+        super().__init__()
+        self.network = network
+        self.config = SimpleNamespace(num_classes=num_classes)
+        self.normalise = PixelNormalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns scores ``[N, C, H, W]`` for ``uint8`` RGB images ``[N, 3, H, W]``."""
+        return self.network(self.normalise(images))["out"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What :class:`Predictor` found, with every stage on the way; absent stages are None.
+
+    ``image`` and ``labels`` are on the CPU, the maps on the predictor's device. Scores and
+    probabilities are ``float32 [C, H, W]``.
+    """
+
+    image: Tensor  # uint8 [3, H, W]
+    labels: Tensor  # uint8 [H, W]
+    probabilities: Tensor  # of the last stage that ran
+    class_names: tuple[str, ...] | None = None
+    proposals: Proposals | None = None  # all that were found, the best one first
+    boxes: Tensor | None = None  # float32 [M, 4], those that were segmented, enlarged
+    deconvnet_scores: Tensor | None = None
+    deconvnet_probabilities: Tensor | None = None
+    fcn_scores: Tensor | None = None
+    fcn_probabilities: Tensor | None = None
+    ensemble_probabilities: Tensor | None = None
+    crf_probabilities: Tensor | None = None
+
+
+class Predictor:
+    """The whole method as one object: image in, label map and all intermediate results out.
+
+    Args:
+        deconvnet: The network that segments proposals; None to use the FCN alone.
+        fcn: Its partner in the ensemble; None to do without.
+        config: How proposals are aggregated.
+        edge_boxes: How proposals are found; None to segment the image as one crop.
+        crf: The last step; None to do without.
+        device: Where to compute; by default a GPU if there is one.
+        edge_model: File of OpenCV's structured-forest edges; None for gradient edges.
+        class_names: Names of the classes, the background first; by default those that were
+            saved with the weights.
+
+    Raises:
+        ValueError: No network is given, or the two disagree about the number of classes.
+
+    Example:
+        ::
+
+            predictor = Predictor.from_pretrained()
+            prediction = predictor("photo.jpg")
+            write_label_map("labels.png", prediction.labels)
+    """
+
+    def __init__(
+        self,
+        deconvnet: nn.Module | None,
+        fcn: nn.Module | None = None,
+        config: InferenceConfig = InferenceConfig(),
+        edge_boxes: EdgeBoxesConfig | None = EdgeBoxesConfig(),
+        crf: CRFConfig | None = CRFConfig(),
+        device: torch.device | str | None = None,
+        edge_model: str | Path | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        networks = [n for n in (deconvnet, fcn) if n is not None]
+        if not networks:
+            raise ValueError("a Predictor needs a deconvnet, an fcn, or both; got neither")
+        counts = [n.config.num_classes for n in networks]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"deconvnet and fcn must know the same classes, got {counts[0]} and {counts[1]}"
+            )
+        if counts[0] > 255:
+            raise ValueError(f"label maps hold at most 255 classes, got {counts[0]}")
+        names = class_names or getattr(networks[0], "metadata", {}).get("class_names")
+        if names is not None and len(names) != counts[0]:
+            raise ValueError(f"got {len(names)} class_names for {counts[0]} classes")
+
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(default if device is None else device)
+        for network in networks:
+            network.to(self.device, memory_format=torch.channels_last).eval()
+        self.deconvnet, self.fcn = deconvnet, fcn
+        self.config, self.edge_boxes, self.crf = config, edge_boxes, crf
+        self.edge_model = edge_model
+        self.class_names = None if names is None else tuple(names)
+
+    @classmethod
+    def from_pretrained(cls, name: str = "shapes", **options: Any) -> Predictor:
+        """Builds a predictor from the weights that come with the package.
+
+        Args:
+            name: ``"shapes"``, the embedded data set's classes.
+            **options: Any argument of :class:`Predictor` except the networks.
+        """
+        networks = (load_model(pretrained(f"{name}-{kind}")) for kind in ("deconvnet", "fcn"))
+        return cls(*networks, **options)
+
+    def __call__(
+        self, image: Tensor | str | Path, proposals: Proposals | Tensor | None = None
+    ) -> Prediction:
+        """Segments one image.
+
+        Args:
+            image: ``uint8 [3, H, W]``, RGB, or the path of an image file.
+            proposals: Boxes that are known already, such as from a cache, the best one first;
+                by default they are found in the image.
+
+        Returns:
+            The label map at the image's size, and what led to it.
+
+        Raises:
+            FileNotFoundError: There is no such image file.
+            TypeError: The image is neither a path nor a ``uint8`` tensor.
+            ValueError: The image or the boxes are malformed, or a network gives scores that
+                are not finite.
+        """
+        if isinstance(image, (str, os.PathLike)):
+            image = read_image(image)
+        image = check_image(image).cpu()
+        found = self._deconvnet(image, proposals) if self.deconvnet is not None else {}
+        if self.fcn is not None:
+            scores = fcn_scores(self.fcn, image, self.config.half_precision)
+            found |= {"fcn_scores": scores, "fcn_probabilities": scores.softmax(0)}
+        if self.deconvnet is not None and self.fcn is not None:
+            found["ensemble_probabilities"] = probabilities = self._ensemble(found)
+        else:
+            kind = "fcn" if self.deconvnet is None else "deconvnet"
+            probabilities = found[f"{kind}_probabilities"]
+        if self.crf is not None:
+            probabilities = dense_crf(image.to(self.device), probabilities, self.crf)
+            found["crf_probabilities"] = probabilities
+        labels = probabilities.argmax(0).to("cpu", torch.uint8)
+        return Prediction(image, labels, probabilities, self.class_names, **found)
+
+    def _deconvnet(self, image: Tensor, proposals: Proposals | Tensor | None) -> dict[str, object]:
+        if proposals is None and self.edge_boxes is not None:
+            proposals = edge_boxes(image, self.edge_boxes, self.edge_model)
+        if isinstance(proposals, Tensor):
+            proposals = Proposals(proposals, torch.zeros(len(proposals)))
+        if proposals is None:
+            boxes = None
+            scores = whole_image_scores(self.deconvnet, image, self.config.half_precision)
+        else:
+            selected = select_boxes(proposals.boxes, tuple(image.shape[1:]), self.config)
+            boxes = torch.tensor(selected, dtype=torch.float32).view(-1, 4)
+            scores = aggregate_proposals(self.deconvnet, image, proposals.boxes, self.config)
+        return {
+            "proposals": proposals,
+            "boxes": boxes,
+            "deconvnet_scores": scores,
+            "deconvnet_probabilities": scores.softmax(0),
+        }
+
+    def _ensemble(self, found: dict[str, Tensor]) -> Tensor:
+        if self.config.convention == "release":
+            return product_of_scores(found["deconvnet_scores"], found["fcn_scores"])
+        return mean_of_probabilities(found["deconvnet_probabilities"], found["fcn_probabilities"])
+
+
+def check_image(image: Tensor) -> Tensor:
+    """Returns ``image`` if it is ``uint8 [3, H, W]``, and says what to do otherwise."""
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"image must be a path or a uint8 tensor [3, H, W], got {type(image).__name__}"
+        )
+    if image.dtype != torch.uint8:
+        raise TypeError(
+            f"image must be uint8 with values 0 to 255, got {image.dtype}; the networks "
+            "normalise pixels themselves"
+        )
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        hint = "; use image.permute(2, 0, 1)" if image.ndim == 3 and image.shape[2] == 3 else ""
+        raise ValueError(f"image must be [3, H, W] (RGB), got {list(image.shape)}{hint}")
+    return image
+
+
+def _run(model: nn.Module, images: Tensor, half_precision: bool) -> Tensor:
+    if model.training:
+        raise ValueError(
+            "the network is in training mode, where batch norm depends on the other crops of the "
+            "batch; call model.eval() first"
+        )
+    half = half_precision and images.device.type == "cuda"
+    ampere = half and torch.cuda.get_device_capability(images.device) >= (8, 0)
+    dtype = torch.float16 if half and not ampere else torch.bfloat16
+    with torch.autocast(images.device.type, dtype, enabled=half):
+        scores = model(images)
+    if scores.ndim != 4 or scores.shape[1] != model.config.num_classes:
+        raise ValueError(
+            f"the network must give scores [N, {model.config.num_classes}, h, w], "
+            f"got {list(scores.shape)}"
+        )
+    if not scores.isfinite().all():
+        raise ValueError(
+            "the network gave scores that are not finite: its weights are damaged, or overflow in "
+            "16 bits (then set half_precision=False)"
+        )
+    return scores
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,221 @@
+"""Recipes: which sizes and settings go together, from a scene in seconds to the paper's own.
+
+A recipe names everything that a run needs besides data: the two networks, how crops are cut,
+how each stage is trained, and how an image is segmented afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deconvnet.crf import CRFConfig
+from deconvnet.fcn import FCN8s, FCNConfig
+from deconvnet.inference import InferenceConfig
+from deconvnet.instances import (
+    CropDataset,
+    InstanceConfig,
+    Stage1Dataset,
+    Stage2Dataset,
+    WholeImageDataset,
+    WindowDataset,
+    balanced_indices,
+)
+from deconvnet.model import DeconvNet, ModelConfig
+from deconvnet.proposals import EdgeBoxesConfig, Proposals
+from deconvnet.training import StageConfig, crop_loss, train
+from deconvnet.voc import VOCDataset
+from deconvnet.weights import calibrate_batch_norm, load_vgg16
+
+STAGES = ("fcn", "whole", "1", "2")
+"""What can be trained: FCN-8s, DeconvNet on whole images, and the paper's two stages."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that belong together."""
+
+    model: ModelConfig
+    fcn: FCNConfig
+    instances: InstanceConfig
+    stage1: StageConfig  # also for DeconvNet on whole images, and for FCN-8s
+    stage2: StageConfig
+    inference: InferenceConfig = InferenceConfig()
+    edge_boxes: EdgeBoxesConfig = EdgeBoxesConfig()
+    crf: CRFConfig = CRFConfig()
+    balance: float = 1.0  # 1: every class equally often (the paper, stage 2); 0: as they come
+    calibrate: bool = False  # start batch norm so that the encoder computes what plain VGG does
+
+
+def tiny() -> Recipe:
+    """Minutes on a CPU, for the embedded shapes data: 64 px crops."""
+    small = StageConfig.small(iterations=3_000)
+    return Recipe(
+        model=ModelConfig.tiny(),
+        fcn=FCNConfig.tiny(),
+        instances=InstanceConfig.tiny(),
+        stage1=small,
+        stage2=replace(small, learning_rate=1e-3),
+        inference=InferenceConfig(batch_size=50),
+        edge_boxes=EdgeBoxesConfig(min_box_area=150.0),  # the scenes' smallest shapes are 16 px
+        balance=0.5,
+    )
+
+
+def compact() -> Recipe:
+    """VOC on a small machine: VGG-16's encoder, a narrow rest, 96 px crops, AdamW."""
+    stage = StageConfig(
+        iterations=20_000,
+        batch_size=16,
+        micro_batch=16,
+        optimizer="adamw",
+        learning_rate=5e-4,
+        encoder_rate=0.2,
+        bias_rate=1.0,
+        weight_decay=0.01,
+        schedule="poly",
+        warmup=50,
+        frozen_blocks=3,
+        validate_every=500,
+        checkpoint_every=100,
+    )
+    return Recipe(
+        model=ModelConfig.compact(),
+        fcn=FCNConfig.compact(),
+        instances=InstanceConfig(resize=107, crop=96),  # the paper's 250 to 224
+        stage1=stage,
+        stage2=stage,
+        inference=InferenceConfig(include_whole_image=True),
+        balance=0.5,
+        calibrate=True,
+    )
+
+
+def voc2012() -> Recipe:
+    """The paper's sizes and settings, for a GPU."""
+    return Recipe(
+        model=ModelConfig(),
+        fcn=FCNConfig(),
+        instances=InstanceConfig.paper(),
+        stage1=StageConfig.paper(1),
+        stage2=StageConfig.paper(2),
+    )
+
+
+RECIPES = {"tiny": tiny, "compact": compact, "voc2012": voc2012}
+
+
+def make_network(
+    recipe: Recipe,
+    stage: str,
+    num_classes: int,
+    vgg16: str | Path | None = None,
+    calibration: Tensor | None = None,
+) -> nn.Module:
+    """Builds the network that a stage trains, with ImageNet weights if they are given.
+
+    Args:
+        recipe: Sizes.
+        stage: One of :data:`STAGES`.
+        num_classes: Classes of the data, the background included.
+        vgg16: See :func:`deconvnet.weights.load_vgg16`; ``None`` starts from nothing.
+        calibration: Typical crops ``uint8 [N, 3, S, S]`` for recipes that calibrate batch norm.
+    """
+    _check_stage(stage)
+    if stage == "fcn":
+        model: nn.Module = FCN8s(replace(recipe.fcn, num_classes=num_classes))
+    else:
+        model = DeconvNet(replace(recipe.model, num_classes=num_classes))
+    if vgg16 is not None:
+        load_vgg16(model, vgg16)
+        if recipe.calibrate and calibration is not None:
+            calibrate_batch_norm(model, calibration)
+    return model
+
+
+def stage_crops(
+    recipe: Recipe,
+    stage: str,
+    dataset: VOCDataset,
+    proposals: Sequence[Proposals] | None = None,
+    training: bool = True,
+    seed: int = 0,
+) -> CropDataset:
+    """Returns the crops that a stage learns from, or validates on.
+
+    Args:
+        recipe: How crops are cut.
+        stage: One of :data:`STAGES`.
+        dataset: Images, label maps and boxes.
+        proposals: For stage 2, one entry an image.
+        training: Random crops and mirroring; else the centre crop.
+        seed: Of the augmentation.
+    """
+    _check_stage(stage)
+    config = replace(recipe.instances, seed=seed)
+    if stage == "fcn":
+        size = recipe.fcn.input_size
+        return WindowDataset(dataset, replace(config, crop=size, resize=size), training)
+    if stage == "whole":
+        return WholeImageDataset(dataset, config, training)
+    if stage == "1":
+        return Stage1Dataset(dataset, config, training)
+    if proposals is None:
+        raise ValueError("stage 2 learns from proposals: pass one Proposals for every image")
+    return Stage2Dataset(dataset, proposals, config, training)
+
+
+def train_stage(
+    recipe: Recipe,
+    stage: str,
+    model: nn.Module,
+    crops: CropDataset,
+    run_dir: str | Path,
+    validation: CropDataset | None = None,
+    settings: StageConfig | None = None,
+    **options,
+) -> nn.Module:
+    """Trains one stage on its crops, classes balanced as the recipe says.
+
+    Args:
+        recipe: Where the stage's settings come from.
+        stage: One of :data:`STAGES`.
+        model: The network, from :func:`make_network` or from an earlier stage.
+        crops: What to learn from (:func:`stage_crops`).
+        run_dir: Where checkpoint and log go.
+        validation: Crops whose loss is logged, and steers ``schedule="plateau"``.
+        settings: In place of the recipe's own.
+        **options: Further arguments of :func:`deconvnet.training.train`.
+    """
+    settings = settings or default_settings(recipe, stage)
+    return train(
+        model,
+        crops,
+        settings,
+        run_dir,
+        indices=balanced_indices(crops.example_labels, settings.seed, recipe.balance),
+        validate=None if validation is None else partial(crop_loss, dataset=validation),
+        **options,
+    )
+
+
+def default_settings(recipe: Recipe, stage: str) -> StageConfig:
+    """Returns the solver settings that a recipe has for a stage."""
+    _check_stage(stage)
+    return recipe.stage2 if stage == "2" else recipe.stage1
+
+
+def calibration_crops(crops: CropDataset, count: int = 64) -> Tensor:
+    """Returns crops spread over the data set, ``uint8 [count, 3, S, S]``."""
+    every = max(len(crops) // count, 1)
+    return torch.stack([crops[i][0] for i in range(0, len(crops), every)][:count])
+
+
+def _check_stage(stage: str) -> None:
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")

@@ -1,0 +1,540 @@
+"""Two-stage training: a plain loop that can be killed at any moment and goes on as if never.
+
+Everything random in a step follows from the seed and the step's number, and a checkpoint
+holds all else, so a resumed run on the CPU equals the uninterrupted one bit for bit.
+
+Sources: Noh, Hong, Han, ICCV 2015, section 4; the authors' release,
+``training/001_stage_1/solver.prototxt`` and ``training/002_stage_2/solver.prototxt``.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from deconvnet.files import atomic_write
+from deconvnet.instances import StreamSampler
+from deconvnet.voc import VOID
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How one stage is trained; the defaults are stage 1 of the release's ``solver.prototxt``."""
+
+    iterations: int = 20_000  # updates of the weights
+    batch_size: int = 64  # crops per update, over all processes
+    micro_batch: int = 8  # crops per forward pass; gradients of the rest accumulate
+    optimizer: str = "sgd"  # "sgd" with momentum, or "adamw" (a departure from the paper)
+    learning_rate: float = 0.01  # of weights; biases learn at twice the rate
+    encoder_rate: float = 1.0  # factor on the encoder's rate; 1 in the paper
+    bias_rate: float = 2.0  # Caffe's lr_mult of biases
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 0.0005  # on weights, never on biases and batch norm
+    schedule: str = "step"  # "step", "plateau" (the paper's), "poly" or "constant"
+    step_size: int = 9_000  # iterations between drops of "step"
+    drop: float = 0.1  # factor of one drop, for "step" and "plateau"
+    patience: int = 3  # validations without progress before "plateau" drops
+    warmup: int = 0  # iterations of linear warm-up; none in the paper
+    frozen_blocks: int = 0  # encoder blocks left as they were loaded; none in the paper
+    minutes: float | None = None  # stop after so much training time, whatever the iterations
+    precision: str = "auto"  # "auto", "float32", "bfloat16" or "float16"
+    validate_every: int = 1_000  # iterations between validations
+    checkpoint_every: int = 500  # iterations between checkpoints
+    log_every: int = 20  # iterations between rows of log.csv
+    workers: int = 0  # processes that prepare crops
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("optimizer", ("sgd", "adamw")),
+            ("schedule", ("step", "plateau", "poly", "constant")),
+            ("precision", ("auto", "float32", "bfloat16", "float16")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
+        for field in ("iterations", "batch_size", "micro_batch", "checkpoint_every", "log_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"batch_size must be a multiple of micro_batch, got {self.batch_size} "
+                f"and {self.micro_batch}"
+            )
+
+    @classmethod
+    def paper(cls, stage: int = 1) -> StageConfig:
+        """The paper's way: the rate drops when validation stalls."""
+        return replace(cls.release(stage), schedule="plateau")
+
+    @classmethod
+    def release(cls, stage: int = 1) -> StageConfig:
+        """The release's way: the rate drops every 9,000 (stage 1) or 10,000 iterations."""
+        if stage not in (1, 2):
+            raise ValueError(f"stage must be 1 or 2, got {stage}")
+        return cls() if stage == 1 else cls(iterations=40_000, step_size=10_000)
+
+    @classmethod
+    def small(cls, minutes: float | None = None, iterations: int = 1_000) -> StageConfig:
+        """Minutes on a CPU: AdamW with warm-up, which starts a deep decoder far sooner."""
+        return cls(
+            iterations=iterations,
+            batch_size=32,
+            micro_batch=32,
+            optimizer="adamw",
+            learning_rate=2e-3,
+            bias_rate=1.0,
+            weight_decay=0.01,
+            schedule="poly",
+            warmup=50,
+            minutes=minutes,
+            validate_every=500,
+            checkpoint_every=200,
+        )
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became infinite or not a number."""
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    stage: StageConfig,
+    run_dir: str | Path,
+    *,
+    indices: Tensor | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    device: torch.device | str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> nn.Module:
+    """Trains a model on one stage's crops.
+
+    Under ``torchrun`` every process takes its share of each batch.
+
+    Args:
+        model: Maps ``uint8 [N, 3, S, S]`` to scores ``[N, C, S, S]``; trained in place.
+        dataset: Gives ``(image uint8 [3, S, S], labels uint8 [S, S])`` for ``(index, draw)``,
+            such as :class:`deconvnet.instances.Stage1Dataset`.
+        stage: Solver settings.
+        run_dir: Receives ``checkpoint.pt`` and ``log.csv``.
+        indices: The examples to draw from, repeats included
+            (:func:`deconvnet.instances.balanced_indices`); all by default.
+        validate: Called every ``stage.validate_every`` iterations; returns a figure to
+            minimise, which is logged and steers ``schedule="plateau"``.
+        device: Where to train; CUDA where there is one by default.
+        resume: Go on from ``run_dir``'s checkpoint if there is one.
+        progress: Show a progress bar.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        TrainingDiverged: The loss is not finite; the last good checkpoint stays.
+        ValueError: The checkpoint belongs to other settings, or is damaged.
+    """
+    run = _Run(model, dataset, stage, Path(run_dir), indices, validate, device)
+    if resume:
+        run.load()
+    try:
+        run.loop(progress)
+    except KeyboardInterrupt:
+        run.save()
+        raise
+    return model
+
+
+class _Run:
+    """The state of one training run: everything that a checkpoint holds."""
+
+    def __init__(self, model, dataset, stage, run_dir, indices, validate, device) -> None:
+        self.rank, self.world_size = distributed_position()
+        share = stage.micro_batch * self.world_size
+        if stage.batch_size % share:
+            raise ValueError(
+                f"batch_size {stage.batch_size} must be a multiple of micro_batch x processes "
+                f"= {stage.micro_batch} x {self.world_size}"
+            )
+        if len(dataset) == 0:
+            raise ValueError("the dataset has no examples to train on")
+        if stage.schedule == "plateau" and validate is None:
+            raise ValueError('schedule="plateau" needs the validate argument')
+        self.accumulate = stage.batch_size // share
+        self.stage, self.dataset, self.indices = stage, dataset, indices
+        self.validate, self.run_dir = validate, run_dir
+        self.device = torch.device(device) if device else default_device(self.rank)
+        torch.manual_seed(stage.seed + self.rank)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.frozen = freeze_blocks(model, stage.frozen_blocks)
+        self.optimizer = make_optimizer(model, stage)
+        self.precision = choose_precision(stage.precision, self.device)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.precision == torch.float16
+        )
+        self.iteration, self.seconds, self.row_bytes = 0, 0.0, 0
+        self.plateau = Plateau(stage.drop, stage.patience)
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def loop(self, progress: bool) -> None:
+        stage, network = self.stage, self.distributed_model()
+        bar = tqdm(
+            total=stage.iterations, initial=self.iteration, unit="it", dynamic_ncols=True,
+            disable=not progress or self.rank > 0,
+        )
+        batches = self.batches()
+        self.train_mode()
+        clock = time.perf_counter()
+        while self.iteration < stage.iterations and self.progress() < 1:
+            rate = self.set_rate()
+            loss = self.update(network, [next(batches) for _ in range(self.accumulate)])
+            self.iteration += 1
+            now = time.perf_counter()
+            self.seconds, clock = self.seconds + now - clock, now
+            last = self.iteration == stage.iterations or self.progress() >= 1
+            score = None
+            if self.validate and (self.iteration % stage.validate_every == 0 or last):
+                score = self.run_validation()
+                clock = time.perf_counter()  # validation is not training time
+            if self.iteration % stage.log_every == 0 or last or score is not None:
+                value = self.checked(loss)
+                speed = self.iteration * stage.batch_size / max(self.seconds, 1e-9)
+                bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", imgs=f"{speed:.1f}/s")
+                self.log(value, rate, speed, score)
+            bar.update(1)
+            if self.iteration % stage.checkpoint_every == 0 or last:
+                self.checked(loss)
+                self.save()
+        bar.close()
+
+    def update(self, network: nn.Module, micro_batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """One update of the weights; returns the mean loss over the whole batch's pixels."""
+        valid = sum((labels != VOID).sum() for _, labels in micro_batches).to(self.device)
+        if self.world_size > 1:
+            dist.all_reduce(valid)
+        pixels = valid.clamp(min=1)
+        total = torch.zeros((), device=self.device)
+        for i, (images, labels) in enumerate(micro_batches):
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True).long()
+            # Gradients cross processes once per update, with the last micro-batch.
+            last = i == len(micro_batches) - 1
+            waiting = nullcontext() if last or self.world_size == 1 else network.no_sync()
+            with waiting:
+                with torch.autocast(
+                    self.device.type, self.precision, enabled=self.precision != torch.float32
+                ):
+                    scores = network(images)
+                loss = pixel_loss(scores.float(), labels) / pixels
+                # DDP averages over processes where the batch's mean needs their sum.
+                self.scaler.scale(loss * self.world_size).backward()
+            total += loss.detach()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        stage = self.stage
+        sampler = StreamSampler(
+            len(self.dataset), seed=stage.seed, rank=self.rank, world_size=self.world_size,
+            start=self.iteration * stage.batch_size, indices=self.indices,
+        )
+        # A loader draws its workers' seed from the global generator; ours leaves that alone.
+        return iter(
+            DataLoader(
+                self.dataset, batch_size=stage.micro_batch, sampler=sampler,
+                num_workers=stage.workers, pin_memory=self.device.type == "cuda",
+                generator=torch.Generator().manual_seed(stage.seed),
+            )
+        )
+
+    def progress(self) -> float:
+        """How much of the stage is done, from 0 to 1, by iterations or by time."""
+        done = self.iteration / self.stage.iterations
+        if self.stage.minutes is not None:
+            done = max(done, self.seconds / 60 / self.stage.minutes)
+        return done
+
+    def set_rate(self) -> float:
+        rate = self.stage.learning_rate * schedule_factor(
+            self.stage, self.iteration, self.progress(), self.plateau.factor
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+        return rate
+
+    def train_mode(self) -> None:
+        self.model.train()
+        for module in self.frozen:  # frozen blocks keep their batch statistics too
+            module.eval()
+
+    def distributed_model(self) -> nn.Module:
+        if self.world_size == 1:
+            return self.model
+        network = self.model
+        if self.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return nn.parallel.DistributedDataParallel(network)
+
+    def run_validation(self) -> float:
+        self.model.eval()
+        with torch.no_grad():
+            score = float(self.validate(self.model))
+        self.train_mode()
+        self.plateau.update(score)
+        return score
+
+    def checked(self, loss: Tensor) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            kept = self.checkpoint if self.checkpoint.exists() else "none was written yet"
+            raise TrainingDiverged(
+                f"the loss is {value} at iteration {self.iteration}; lower learning_rate or "
+                f"lengthen warmup. The last good checkpoint: {kept}"
+            )
+        return value
+
+    # --- files --------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.run_dir / "checkpoint.pt"
+
+    def log(self, loss: float, rate: float, speed: float, score: float | None) -> None:
+        if self.rank > 0:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / "log.csv"
+        # After a kill the log may run ahead of the checkpoint: cut it back to where we are.
+        with open(path, "r+" if path.exists() else "w+", newline="") as file:
+            file.truncate(self.row_bytes)
+            file.seek(self.row_bytes)
+            rows = csv.writer(file)
+            if self.row_bytes == 0:
+                rows.writerow(["iteration", "seconds", "loss", "rate", "images_per_s", "validation"])
+            rows.writerow([
+                self.iteration, f"{self.seconds:.1f}", f"{loss:.6g}", f"{rate:.6g}",
+                f"{speed:.1f}", "" if score is None else f"{score:.6g}",
+            ])
+            self.row_bytes = file.tell()
+
+    def save(self) -> None:
+        if self.rank > 0:
+            return
+        state = {
+            "stage": asdict(self.stage),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "plateau": vars(self.plateau),
+            "random": torch.get_rng_state(),
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "row_bytes": self.row_bytes,
+        }
+        with atomic_write(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    def load(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            settings = state["stage"]
+        except Exception as error:
+            raise ValueError(
+                f"{self.checkpoint}: not a whole checkpoint ({error}); remove it or pass "
+                "resume=False to start anew"
+            ) from error
+        # A run may be made longer or logged otherwise; all else would no longer be one run.
+        free = {"iterations", "minutes", "workers", "log_every", "checkpoint_every"}
+        for field, value in asdict(self.stage).items():
+            if field not in free and settings.get(field) != value:
+                raise ValueError(
+                    f"{self.checkpoint} was written with {field}={settings.get(field)!r}, this "
+                    f"run has {value!r}; use another run_dir or resume=False"
+                )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        vars(self.plateau).update(state["plateau"])
+        torch.set_rng_state(state["random"].cpu())
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.row_bytes = state["row_bytes"]
+
+
+# --- the pieces -------------------------------------------------------------------------------
+
+
+def pixel_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Softmax cross-entropy summed over all pixels that are not void.
+
+    Args:
+        scores: ``float [N, C, H, W]``.
+        labels: ``int64 [N, H, W]``; 255 is ignored.
+    """
+    return F.cross_entropy(scores, labels, ignore_index=VOID, reduction="sum")
+
+
+def schedule_factor(stage: StageConfig, iteration: int, progress: float, plateau: float) -> float:
+    """Returns the factor on the base learning rate.
+
+    Args:
+        stage: Solver settings.
+        iteration: Updates done so far.
+        progress: Share of the stage done, 0 to 1.
+        plateau: The drops of ``"plateau"`` so far, multiplied.
+    """
+    factor = {
+        "constant": 1.0,
+        "step": stage.drop ** (iteration // stage.step_size),
+        "plateau": plateau,
+        "poly": (1 - min(progress, 1.0)) ** 0.9,
+    }[stage.schedule]
+    return factor * min(1.0, (iteration + 1) / (stage.warmup + 1))
+
+
+class Plateau:
+    """Lowers the rate when a validation figure stops falling, as the paper does."""
+
+    def __init__(self, drop: float, patience: int) -> None:
+        self.drop, self.patience = drop, patience
+        self.factor, self.best, self.stalled = 1.0, math.inf, 0
+
+    def update(self, score: float) -> None:
+        """Takes one validation figure (lower is better)."""
+        if score < self.best:
+            self.best, self.stalled = score, 0
+            return
+        self.stalled += 1
+        if self.stalled >= self.patience:
+            self.factor, self.stalled = self.factor * self.drop, 0
+
+
+def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.Optimizer:
+    """Builds the optimiser with the release's two kinds of parameters.
+
+    Weights decay and learn at the base rate; biases and batch norm do not decay and learn at
+    ``stage.bias_rate`` times it (``lr_mult``, ``decay_mult`` in ``stage_1_train.prototxt``).
+    The encoder's rate may be scaled by ``stage.encoder_rate``.
+    """
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = name.startswith("encoder."), parameter.ndim > 1
+            groups.setdefault(key, []).append(parameter)
+    settings = [
+        {
+            "params": parameters,
+            "weight_decay": stage.weight_decay if is_weight else 0.0,
+            "rate": (stage.encoder_rate if is_encoder else 1.0)
+            * (1.0 if is_weight else stage.bias_rate),
+        }
+        for (is_encoder, is_weight), parameters in groups.items()
+    ]
+    if stage.optimizer == "adamw":
+        return torch.optim.AdamW(settings, lr=stage.learning_rate)
+    return torch.optim.SGD(settings, lr=stage.learning_rate, momentum=stage.momentum)
+
+
+def freeze_blocks(model: nn.Module, count: int) -> list[nn.Module]:
+    """Stops the gradients of the encoder's first ``count`` blocks and returns those blocks."""
+    if count == 0:
+        return []
+    blocks = list(model.encoder.blocks[:count])
+    for block in blocks:
+        block.requires_grad_(False)
+    return blocks
+
+
+@torch.no_grad()
+def reestimate_batch_norm(
+    model: nn.Module, dataset: Dataset, crops: int = 501 * 28, batch: int = 28, seed: int = 0
+) -> None:
+    """Replaces the running averages of batch norm by averages over many training crops.
+
+    The release does so after training, over 501 batches of 28 crops, before it folds batch
+    norm into the convolutions.
+
+    Args:
+        model: The trained network; its statistics are replaced in place.
+        dataset: The training crops.
+        crops: How many crops to average over.
+        batch: Crops per forward pass.
+        seed: Seeds the choice of crops.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # PyTorch's way to say: a plain average over all batches
+    sampler = StreamSampler(len(dataset), seed=seed, length=max(crops // batch, 1) * batch)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.train()
+    for images, _ in DataLoader(dataset, batch_size=batch, sampler=sampler):
+        model(images.to(device))
+    model.train(was_training)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def crop_loss(model: nn.Module, dataset: Dataset, crops: int = 256, batch: int = 32) -> float:
+    """Returns the mean loss per valid pixel over the first crops of a validation dataset."""
+    device = next(model.parameters()).device
+    total, valid = 0.0, 0
+    sampler = range(min(crops, len(dataset)))
+    for images, labels in DataLoader(dataset, batch_size=batch, sampler=sampler):
+        labels = labels.to(device).long()
+        total += pixel_loss(model(images.to(device)).float(), labels).item()
+        valid += int((labels != VOID).sum())
+    return total / max(valid, 1)
+
+
+def choose_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Resolves ``"auto"``: bfloat16 where the hardware computes it, float16 on older CUDA
+    cards (with loss scaling), float32 elsewhere."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    check = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(check())
+
+
+def default_device(rank: int = 0) -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def distributed_position() -> tuple[int, int]:
+    """Joins the process group that ``torchrun`` announces; returns (rank, number of processes)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()

@@ -1,0 +1,225 @@
+"""Weights in and out: ImageNet's VGG-16 into the encoder, whole models to and from files.
+
+Our own files are ``safetensors``: tensors plus the network's configuration as JSON, so that a
+file alone rebuilds its model and nothing in it can execute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deconvnet.fcn import FCN8s, FCNConfig
+from deconvnet.files import atomic_write
+from deconvnet.model import DeconvNet, ModelConfig
+
+ARCHITECTURES = {"deconvnet": (DeconvNet, ModelConfig), "fcn8s": (FCN8s, FCNConfig)}
+SHIPPED = Path(__file__).parent / "pretrained"
+
+
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    metadata: Mapping[str, object] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a model's weights, its configuration and any metadata to one file.
+
+    Args:
+        model: A :class:`~deconvnet.model.DeconvNet` or :class:`~deconvnet.fcn.FCN8s`.
+        path: The ``.safetensors`` file to write.
+        metadata: JSON-like facts to keep with the weights, such as ``class_names``.
+        dtype: Store floating tensors in this type; ``torch.float16`` halves the file.
+    """
+    name = next((n for n, (kind, _) in ARCHITECTURES.items() if isinstance(model, kind)), None)
+    if name is None:
+        raise TypeError(f"model must be a DeconvNet or an FCN8s, got {type(model).__name__}")
+    tensors = {
+        key: (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous().cpu()
+        for key, value in model.state_dict().items()
+    }
+    header = {
+        "architecture": name,
+        "config": json.dumps(asdict(model.config)),
+        "metadata": json.dumps(dict(metadata or {})),
+    }
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, header)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """Rebuilds a model from a file that :func:`save_model` wrote.
+
+    Args:
+        path: A ``.safetensors`` file.
+        device: Where to put the model.
+
+    Returns:
+        The model in ``float32`` and evaluation mode; its ``metadata`` attribute is the
+        dictionary that was saved with it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not one of ours, or is damaged.
+    """
+    header, tensors = _read(path)
+    if header.get("architecture") not in ARCHITECTURES:
+        raise ValueError(
+            f"{path}: expected a file written by deconvnet.weights.save_model, "
+            f"found architecture {header.get('architecture')!r}"
+        )
+    kind, config_kind = ARCHITECTURES[header["architecture"]]
+    fields = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in json.loads(header["config"]).items()
+    }
+    model = kind(config_kind(**fields))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the tensors do not fit the configuration: {error}") from error
+    model.metadata = json.loads(header["metadata"])
+    return model.to(device).eval()
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def pretrained(name: str) -> Path:
+    """Returns the path of weights that come with the package.
+
+    Args:
+        name: For example ``"shapes-deconvnet"``; the error for an unknown name lists all.
+    """
+    path = SHIPPED / f"{name}.safetensors"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors"))) or "none"
+        raise ValueError(f"no weights named {name!r} come with deconvnet; there are: {names}")
+    return path
+
+
+def load_vgg16(
+    model: nn.Module, source: str | Path | Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """Copies ImageNet's VGG-16 into a model's encoder, and into fc6 and fc7 where they fit.
+
+    Args:
+        model: A network whose encoder has VGG-16's widths.
+        source: A state dictionary with torchvision's names (``features.0.weight``, ...), a
+            ``.npz``, ``.pth`` or ``.safetensors`` file of one, ``"vgg16"`` or ``"vgg16_bn"`` to
+            download torchvision's, or ``None`` for ``"vgg16"``. With and without batch norm,
+            with and without the fully connected layers.
+
+    Returns:
+        The names of the model's tensors that were filled; all others keep their values.
+
+    Raises:
+        ValueError: The source is no VGG-16, or the encoder is of another shape.
+    """
+    weights = _vgg16_weights("vgg16" if source is None else source)
+    own = model.state_dict()
+    filled = dict(_encoder_weights(model, weights))
+    for name, key in (("fc6", "classifier.0"), ("fc7", "classifier.3")):
+        weight = weights.get(f"{key}.weight")
+        # Linear layers over a flattened map are convolutions over that map.
+        if weight is not None and weight.numel() == own[f"{name}.0.weight"].numel():
+            filled[f"{name}.0.weight"] = weight.view_as(own[f"{name}.0.weight"])
+            filled[f"{name}.0.bias"] = weights[f"{key}.bias"]
+    for name, tensor in filled.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"VGG-16 has {tuple(tensor.shape)} for {name}, this model "
+                f"{tuple(own[name].shape)}: only an encoder of VGG-16's widths can take it"
+            )
+    model.load_state_dict(filled, strict=False)
+    return sorted(filled)
+
+
+def _vgg16_weights(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(source, Mapping):
+        return source
+    if str(source) in ("vgg16", "vgg16_bn"):
+        from torchvision.models import get_model
+
+        return get_model(str(source), weights="DEFAULT").state_dict()
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"no VGG-16 weights at {path}")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: torch.from_numpy(arrays[key]).float() for key in arrays.files}
+    if path.suffix == ".safetensors":
+        return _read(path)[1]
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _encoder_weights(
+    model: nn.Module, weights: Mapping[str, Tensor]
+) -> Iterable[tuple[str, Tensor]]:
+    """Pairs the encoder's tensors with VGG's by walking both in order.
+
+    torchvision numbers convolutions, batch norms, ReLUs and pools in one sequence, so the
+    position of a convolution depends on whether batch norms stand between.
+    """
+    features = sorted(
+        {int(key.split(".")[1]) for key in weights if key.startswith("features.")}
+    )
+    convolutions = [i for i in features if weights[f"features.{i}.weight"].ndim == 4]
+    norms = [i for i in features if weights[f"features.{i}.weight"].ndim == 1]
+    layers = [
+        f"encoder.blocks.{b}.{i}"
+        for b, block in enumerate(model.encoder.blocks)
+        for i in range(len(block))
+    ]
+    if len(convolutions) != len(layers):
+        raise ValueError(
+            f"expected VGG-16's {len(layers)} convolutions named features.N.weight, "
+            f"found {len(convolutions)}"
+        )
+    for layer, i in zip(layers, convolutions):
+        for kind in ("weight", "bias"):
+            yield f"{layer}.0.{kind}", weights[f"features.{i}.{kind}"]
+    if norms and model.config.batch_norm:
+        for layer, i in zip(layers, norms):
+            for kind in ("weight", "bias", "running_mean", "running_var"):
+                yield f"{layer}.1.{kind}", weights[f"features.{i}.{kind}"]
+
+
+@torch.no_grad()
+def calibrate_batch_norm(model: nn.Module, images: Tensor) -> None:
+    """Sets the encoder's batch norms so that they leave these images' activations unchanged.
+
+    Plain VGG-16 weights were trained without batch norm. Scale and shift that equal each
+    channel's own deviation and mean make the normalised encoder compute what plain VGG
+    computes; a departure from the paper, which starts every scale at 1.
+
+    Args:
+        model: A network with batch norm, after :func:`load_vgg16`.
+        images: A few typical crops, ``uint8 [N, 3, S, S]``.
+    """
+    x = model.normalise(images)
+    for block in model.encoder.blocks:
+        for convolution, norm, relu in block:
+            x = convolution(x)
+            variance, mean = torch.var_mean(x, dim=(0, 2, 3))
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+            norm.weight.copy_((variance + norm.eps).sqrt())
+            norm.bias.copy_(mean)
+            x = relu(x)  # what the norm would return: it is the identity on these images
+        x, _ = model.encoder.pool(x)
