@@ -68,11 +68,11 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(
         "data", run_data, "Make the embedded data set, or download VOC 2012.",
-        "shapes data/shapes --train 4000 --val 200", "voc2012 data --sbd",
+        "shapes data/shapes --train 2500 --val 200", "voc2012 data --sbd",
     )
     sub.add_argument("kind", choices=["shapes", "voc2012"])
     sub.add_argument("root", type=Path, help="folder to write to")
-    sub.add_argument("--train", type=int, default=4000, help="training scenes (4000)")
+    sub.add_argument("--train", type=int, default=2500, help="training scenes (2500)")
     sub.add_argument("--val", type=int, default=200, help="validation scenes (200)")
     sub.add_argument("--sbd", action="store_true", help="with SBD's annotations: train_aug")
 

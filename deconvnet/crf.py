@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from deconvnet.permutohedral import PermutohedralLattice
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 METHODS = ("auto", "exact", "lattice")
+Filter = Callable[[Tensor], Tensor]  # values [N, C] to sums over all points [N, C]
 # Up to this many pixels the exact sums take less than a second on a CPU.
 MAX_EXACT_PIXELS = 64 * 64
 
@@ -72,15 +72,15 @@ class CRFConfig:
     iterations: int = 10  # mean-field updates
     normalization: str = "symmetric"  # one of NORMALIZATIONS, see PairwiseKernel
     min_probability: float = 1e-5  # floor under the logarithm, pydensecrf's default
-    self_message: bool = True  # a pixel hears itself: the 2011 code does, the paper's sum does not
+    self_message: bool = True  # whether a pixel hears itself, see PairwiseKernel
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if "sigma" in field.name and not 0 < value < math.inf:
-                raise ValueError(f"{field.name} must be positive and finite, got {value}")
-            if "weight" in field.name and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite, got {value}")
+        for name in ("gaussian_sigma", "bilateral_sigma", "bilateral_sigma_rgb"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("gaussian_weight", "bilateral_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if self.iterations < 0:
             raise ValueError(f"iterations must be 0 or more, got {self.iterations}")
         if not 0 < self.min_probability < 1:
@@ -147,15 +147,6 @@ def position_features(height: int, width: int, sigma: float) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()], dim=1) / sigma
 
 
-class Filter(Protocol):
-    """What a kernel needs: a weighted sum over all points, for every point."""
-
-    self_weights: Tensor | float  # weight of a point's own value in its sum: scalar or [N, 1]
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Filter values ``[N, C]`` to the same shape."""
-
-
 class ExactFilter:
     """Sums over all pairs of points, a block of rows at a time: the reference, in quadratic time.
 
@@ -165,7 +156,6 @@ class ExactFilter:
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
-        self.self_weights = 1.0
 
     def __call__(self, values: Tensor) -> Tensor:
         """Return ``sum_j exp(-0.5 * ||f_i - f_j||^2) * values_j`` for values ``[N, C]``."""
@@ -179,7 +169,7 @@ class ExactFilter:
         return torch.cat([(-0.5 * block**2).exp() @ values for block in distances])
 
 
-class SeparableGaussian:
+class GridGaussian:
     """The Gaussian kernel on a pixel grid, as a convolution along columns, then along rows.
 
     On a grid the kernel is a product of two one-dimensional ones, so it needs no lattice. It is
@@ -194,7 +184,6 @@ class SeparableGaussian:
     def __init__(self, height: int, width: int, sigma: float) -> None:
         self.size = height, width
         self.sigma = sigma
-        self.self_weights = 1.0
 
     def __call__(self, values: Tensor) -> Tensor:
         """Filter values ``[H * W, C]`` to the same shape."""
@@ -216,69 +205,62 @@ class SeparableGaussian:
 
 
 class PairwiseKernel:
-    """One weighted kernel of the energy: a filter and its normalisation.
+    """One weighted, normalised kernel of the energy.
 
-    ``n_i = 1 / sum_j k(f_i, f_j)`` scales the kernel so that a message no longer depends on how
-    many pixels look alike: ``"none"`` uses ``k_ij``, ``"before"`` ``k_ij n_j`` (what is sent),
-    ``"after"`` ``n_i k_ij`` (what is received), ``"symmetric"`` ``sqrt(n_i) k_ij sqrt(n_j)``.
+    With ``n_i = 1 / sum_j k_ij``, a message does not grow with the number of pixels that look
+    alike. Normalisation ``"none"`` uses ``k_ij``, ``"before"`` ``k_ij n_j`` (what is sent),
+    ``"after"`` ``n_i k_ij`` (what is heard), ``"symmetric"`` ``sqrt(n_i) k_ij sqrt(n_j)``.
 
     Args:
-        filter: maps values ``[N, C]`` to ``sum_j k(f_i, f_j) values_j`` and carries
-            ``self_weights``, its value of ``k(f_i, f_i)``.
-        weight: energy ``w`` per unit of kernel between two pixels that disagree.
-        num_pixels: ``N``.
+        filter: maps values ``[N, C]`` to ``sum_j k_ij values_j``, with ``k_ii = 1``.
+        weight: energy per unit of kernel between two pixels that disagree.
+        ones: float ``[N, 1]`` of ones, in the dtype and on the device of the values.
         normalization: one of ``NORMALIZATIONS``.
-        self_message: whether a pixel's message includes its own value. The paper sums over
-            ``j != i``; its authors' code, and ``pydensecrf``, include ``j = i``.
-        dtype: floating-point type of the values.
-        device: device of the values.
+        self_message: whether the sum includes ``j = i``, as in the 2011 code and ``pydensecrf``;
+            in the paper it does not.
     """
 
     def __init__(
         self,
         filter: Filter,
         weight: float,
-        num_pixels: int,
+        ones: Tensor,
         normalization: str = "symmetric",
         self_message: bool = True,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
     ) -> None:
         _check_choice("normalization", normalization, NORMALIZATIONS)
         self.filter = filter
         self.weight = weight
         self.self_message = self_message
-        self.scale_in = self.scale_out = torch.ones(num_pixels, 1, dtype=dtype, device=device)
-        if normalization != "none":
-            norm = 1 / filter(self.scale_in)
-            if normalization == "symmetric":
-                self.scale_in = self.scale_out = norm.sqrt()
-            elif normalization == "before":
-                self.scale_in = norm
-            else:
-                self.scale_out = norm
+        norm = ones if normalization == "none" else 1 / filter(ones)
+        if normalization == "symmetric":
+            norm = norm.sqrt()
+        self.scale_in = ones if normalization == "after" else norm
+        self.scale_out = ones if normalization == "before" else norm
 
     def message(self, values: Tensor) -> Tensor:
-        """What every pixel hears from all others.
+        """What every pixel hears from the others: weighted votes for each label.
 
         Args:
             values: float ``[N, C]``, the pixels' current label probabilities.
 
         Returns:
-            ``[N, C]``, the weighted votes for each label.
+            ``[N, C]``.
         """
-        scaled = values * self.scale_in
-        heard = self.filter(scaled)
+        sent = values * self.scale_in
+        heard = self.filter(sent)
         if not self.self_message:
-            heard = heard - self.filter.self_weights * scaled
+            heard = heard - sent
         return heard * (self.scale_out * self.weight)
 
 
 def pairwise_kernels(
-    image: Tensor, config: CRFConfig = CRFConfig(), method: str = "auto",
+    image: Tensor,
+    config: CRFConfig = CRFConfig(),
+    method: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> list[PairwiseKernel]:
-    """Prepare the kernels that an image's mean field needs, those with weight 0 left out.
+    """Prepare an image's kernels for all iterations; those with weight 0 are left out.
 
     Args:
         image: uint8 ``[3, H, W]`` RGB.
@@ -289,7 +271,7 @@ def pairwise_kernels(
         dtype: floating-point type of the values to filter.
 
     Returns:
-        One :class:`PairwiseKernel` per kernel.
+        The Gaussian, then the bilateral kernel.
 
     Raises:
         TypeError: if the image is not uint8.
@@ -297,25 +279,24 @@ def pairwise_kernels(
     """
     _check_image(image)
     _check_choice("method", method, METHODS)
-    height, width = image.shape[1:]
-    exact = method == "exact" or (method == "auto" and height * width <= MAX_EXACT_PIXELS)
-    filters: list[tuple[float, Filter]] = []
+    size = image.shape[1:]
+    exact = method == "exact" or (method == "auto" and size.numel() <= MAX_EXACT_PIXELS)
+    filters: list[tuple[Filter, float]] = []
     if config.gaussian_weight:
+        sigma = config.gaussian_sigma
         if exact:
-            gaussian = ExactFilter(position_features(height, width, config.gaussian_sigma))
+            gaussian: Filter = ExactFilter(position_features(*size, sigma))
         else:
-            gaussian = SeparableGaussian(height, width, config.gaussian_sigma)
-        filters.append((config.gaussian_weight, gaussian))
+            gaussian = GridGaussian(*size, sigma)
+        filters.append((gaussian, config.gaussian_weight))
     if config.bilateral_weight:
         features = bilateral_features(image, config.bilateral_sigma, config.bilateral_sigma_rgb)
         bilateral = (ExactFilter if exact else PermutohedralLattice)(features.to(dtype))
-        filters.append((config.bilateral_weight, bilateral))
+        filters.append((bilateral, config.bilateral_weight))
+    ones = torch.ones(size.numel(), 1, dtype=dtype, device=image.device)
     return [
-        PairwiseKernel(
-            filter, weight, height * width, config.normalization, config.self_message,
-            dtype, image.device,
-        )
-        for weight, filter in filters
+        PairwiseKernel(filter, weight, ones, config.normalization, config.self_message)
+        for filter, weight in filters
     ]
 
 

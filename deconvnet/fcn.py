@@ -36,6 +36,10 @@ class FCNConfig:
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     def __post_init__(self) -> None:
+        if {len(self.widths), len(self.encoder_depths)} != {5}:
+            raise ValueError("widths and encoder_depths need five entries each, one per block")
+        if min(*self.widths, *self.encoder_depths, self.fc_width) < 1:
+            raise ValueError(f"widths and depths must be at least 1, got {self}")
         if self.fc_kernel % 2 == 0:
             raise ValueError(f"fc_kernel must be odd, got {self.fc_kernel}")
         if self.num_classes < 2:
@@ -106,6 +110,10 @@ class FCN8s(nn.Module):
 
         Returns:
             Scores ``[N, num_classes, H, W]``.
+
+        Raises:
+            TypeError: ``images`` is no tensor, or neither ``uint8`` nor floating.
+            ValueError: ``images`` has another shape.
         """
         pixels = self.normalise(images)
         height, width = pixels.shape[-2:]

@@ -1,7 +1,7 @@
 """Instance-wise training examples: crops around objects and proposals instead of whole images.
 
 A network with a fixed field of view mislabels what is much larger or smaller than that field.
-DeconvNet therefore looks at one object at a time (section 4 of the paper): a box, enlarged to
+DeconvNet therefore looks at one object at a time: a box, enlarged to
 let in some context, is warped to a fixed square. Stage 1 teaches it single, centred objects
 (:class:`Stage1Dataset`); stage 2 the boxes that it will meet at inference
 (:class:`Stage2Dataset`). :class:`WholeImageDataset` and :class:`WindowDataset` cut the same
@@ -37,11 +37,11 @@ class InstanceConfig:
         ValueError: If a field is out of range.
     """
 
-    context: float = 1.2  # box side after / before enlarging (paper, section 4.2)
-    resize: int = 250  # px, side that an enlarged box is warped to (paper, section 4.3)
-    crop: int = 224  # px, side of the random crop of it, the network's input (same section)
+    context: float = 1.2  # box side after / before enlarging (paper, two-stage training)
+    resize: int = 250  # px, side that an enlarged box is warped to (paper, implementation details)
+    crop: int = 224  # px, side of the random crop of it, the network's input (same place)
     square: bool = False  # box to square before warping: True in the release's stage-2 lists
-    flip: bool = True  # mirror every second training crop (paper, section 4.3)
+    flip: bool = True  # mirror every second training crop (same place)
     min_overlap: float = 0.5  # IoU with an object that makes a proposal a stage-2 example (paper)
     seed: int = 0  # of all augmentation
 
@@ -300,7 +300,7 @@ class Stage1Dataset(CropDataset):
     Objects marked difficult are left out. Arguments and items are those of
     :class:`CropDataset`.
 
-    Source: section 4.2 of the paper.
+    Source: the paper's two-stage training.
 
     Raises:
         ValueError: If the data set has no annotated object.
@@ -334,7 +334,7 @@ class Stage2Dataset(CropDataset):
     A proposal is an example if its IoU with an object that is not marked difficult reaches
     ``config.min_overlap``; its class, for balancing, is that of the best such object.
 
-    Source: section 4.2 of the paper.
+    Source: the paper's two-stage training.
 
     Args:
         dataset: Where images, label maps and annotations come from.

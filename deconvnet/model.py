@@ -50,6 +50,8 @@ class ModelConfig:
             raise ValueError(
                 "widths, encoder_depths and decoder_depths need five entries each, one per block"
             )
+        if min(*self.widths, *self.encoder_depths, *self.decoder_depths, self.fc_width) < 1:
+            raise ValueError(f"widths and depths must be at least 1, got {self}")
         if self.num_classes < 2:
             raise ValueError(
                 f"num_classes counts the background, so at least 2; got {self.num_classes}"
@@ -94,11 +96,23 @@ class PixelNormalisation(nn.Module):
 
         Args:
             images: ``uint8`` or floating, ``[N, 3, H, W]``, RGB in the range 0 to 255.
+
+        Raises:
+            TypeError: ``images`` is no tensor, or of another dtype.
+            ValueError: ``images`` has another shape.
         """
+        _check_pixels(images)
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be [N, 3, H, W] (RGB), got {tuple(images.shape)}")
         pixels = images.to(self.mean.dtype, memory_format=torch.channels_last)
         return (pixels - self.mean) / self.std
+
+
+def _check_pixels(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images must be uint8 or floating, got {images.dtype}")
 
 
 Layer = Callable[[nn.Module, int], nn.Sequential]
@@ -206,6 +220,7 @@ class DeconvNet(nn.Module):
             Scores ``[N, num_classes, S, S]``.
 
         Raises:
+            TypeError: ``images`` is no tensor, or neither ``uint8`` nor floating.
             ValueError: The crops have another size, or a training batch holds a single crop.
         """
         self._check(images)
@@ -216,6 +231,7 @@ class DeconvNet(nn.Module):
         return self.score(self.decoder(self.fc6_deconv(bottleneck), switches))
 
     def _check(self, images: Tensor) -> None:
+        _check_pixels(images)
         size = self.config.input_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise ValueError(

@@ -13,6 +13,7 @@ with the same number of boxes.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import math
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +48,7 @@ except ImportError as error:
 STRUCTURED_EDGE_MODEL_URL = (
     "https://github.com/opencv/opencv_extra/raw/3.1.0/testdata/cv/ximgproc/model.yml.gz"
 )
-"""OpenCV's structured forest, trained by its authors on BSDS 500."""
+"""OpenCV's copy of the structured forest (Dollár and Zitnick, ICCV 2013)."""
 
 # Part of every cache key: to be raised when the boxes for the same input change.
 _VERSION = 1
@@ -60,18 +62,18 @@ class EdgeBoxesConfig:
         ValueError: If a field is out of range.
     """
 
-    alpha: float = 0.65  # IoU of neighbouring boxes in the search (Edge Boxes, section 3.3)
-    beta: float = 0.75  # IoU above which the lower of two boxes is dropped (section 3.3)
+    alpha: float = 0.65  # IoU of neighbouring boxes in the search (Edge Boxes, search strategy)
+    beta: float = 0.75  # IoU above which the lower of two boxes is dropped (search strategy)
     eta: float = 1.0  # factor on beta after each kept box; 1 keeps it fixed (authors' code)
     min_score: float = 0.01  # lowest score kept (authors' code)
-    max_boxes: int = 2000  # boxes an image (DeconvNet paper, section 5.1)
-    edge_min_mag: float = 0.1  # edge magnitude, 0 to 1, below which a pixel is no edge (3.1)
-    edge_merge_thr: float = 0.5  # sum of orientation differences in a segment, in pi (3.1)
-    cluster_min_mag: float = 0.5  # sum of magnitudes below which a segment joins another (code)
-    max_aspect_ratio: float = 3.0  # of boxes (section 3.3)
-    min_box_area: float = 1000.0  # px^2 (section 3.3)
-    gamma: float = 2.0  # how fast affinity falls with a change in direction (section 3.1)
-    kappa: float = 1.5  # how fast the weight of contours falls with box size (section 3.2)
+    max_boxes: int = 2000  # boxes an image (DeconvNet paper, inference)
+    edge_min_mag: float = 0.1  # in [0, 1], magnitude below which a pixel is no edge (edge groups)
+    edge_merge_thr: float = 0.5  # sum of turns in a segment, in units of pi (edge groups)
+    cluster_min_mag: float = 0.5  # sum of magnitudes below which a segment joins another
+    max_aspect_ratio: float = 3.0  # of boxes (search strategy)
+    min_box_area: float = 1000.0  # px^2, smallest box (search strategy)
+    gamma: float = 2.0  # how fast affinity falls with a change in direction (edge groups)
+    kappa: float = 1.5  # how fast the weight of contours falls with box size (box scoring)
     max_side: int = 640  # px, larger images are searched at this size; VOC's have at most 500
 
     def __post_init__(self) -> None:
@@ -200,15 +202,17 @@ def _structured_edges(pixels: np.ndarray, path: str | Path) -> tuple[np.ndarray,
 @lru_cache(maxsize=1)
 def _detector(path: str, digest: str) -> cv2.ximgproc.StructuredEdgeDetection:
     try:
-        detector = _ximgproc().createStructuredEdgeDetection(path)
-        # OpenCV takes any YAML file for a model; an empty forest shows up at its first use.
-        detector.detectEdges(np.zeros((64, 64, 3), np.float32))
-    except (cv2.error, SystemError) as error:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            start = file.read(4096)
+        # OpenCV divides by this number, and the process ends, if another YAML file lacks it.
+        if b"numberOfTrees:" not in start:
+            raise ValueError(f"a file that starts with {start[:40]!r}")
+        return _ximgproc().createStructuredEdgeDetection(path)
+    except (cv2.error, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: expected OpenCV's structured edge model, got {error}") from error
-    return detector
 
 
-def _ximgproc():  # noqa: ANN202 - a module
+def _ximgproc() -> ModuleType:
     if not hasattr(cv2, "ximgproc"):
         raise ImportError(
             "cv2.ximgproc is missing: it is in opencv-contrib-python, not in opencv-python; "

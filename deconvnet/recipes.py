@@ -54,7 +54,7 @@ class Recipe:
 
 def tiny() -> Recipe:
     """Minutes on a CPU, for the embedded shapes data: 64 px crops."""
-    small = StageConfig.small(iterations=3_000)
+    small = StageConfig.small(iterations=1_000)
     return Recipe(
         model=ModelConfig.tiny(),
         fcn=FCNConfig.tiny(),
@@ -62,7 +62,7 @@ def tiny() -> Recipe:
         stage1=small,
         stage2=replace(small, learning_rate=1e-3),
         inference=InferenceConfig(batch_size=50),
-        edge_boxes=EdgeBoxesConfig(min_box_area=150.0),  # the scenes' smallest shapes are 16 px
+        edge_boxes=EdgeBoxesConfig.tiny(),
         balance=0.5,
     )
 

@@ -7,8 +7,12 @@ file alone rebuilds its model and nothing in it can execute.
 from __future__ import annotations
 
 import json
+import pickle
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.files import atomic_write
@@ -37,13 +42,20 @@ def save_model(
         model: A :class:`~deconvnet.model.DeconvNet` or :class:`~deconvnet.fcn.FCN8s`.
         path: The ``.safetensors`` file to write.
         metadata: JSON-like facts to keep with the weights, such as ``class_names``.
-        dtype: Store floating tensors in this type; ``torch.float16`` halves the file.
+        dtype: Store the parameters in this type; ``torch.float16`` halves the file. Batch norm's
+            statistics stay as they are, for a variance may lie outside half precision's range.
+
+    Raises:
+        TypeError: The model is neither, the metadata is not JSON-like or the dtype not floating.
     """
     name = next((n for n, (kind, _) in ARCHITECTURES.items() if isinstance(model, kind)), None)
     if name is None:
         raise TypeError(f"model must be a DeconvNet or an FCN8s, got {type(model).__name__}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating type, got {dtype}")
+    statistics = dict(model.named_buffers())
     tensors = {
-        key: (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous().cpu()
+        key: (value if dtype is None or key in statistics else value.to(dtype)).contiguous().cpu()
         for key, value in model.state_dict().items()
     }
     header = {
@@ -77,16 +89,18 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
             f"found architecture {header.get('architecture')!r}"
         )
     kind, config_kind = ARCHITECTURES[header["architecture"]]
-    fields = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in json.loads(header["config"]).items()
-    }
-    model = kind(config_kind(**fields))
     try:
+        fields = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in json.loads(header["config"]).items()
+        }
+        model = kind(config_kind(**fields))
         model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the tensors do not fit the configuration: {error}") from error
-    model.metadata = json.loads(header["metadata"])
+        model.metadata = json.loads(header["metadata"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: the tensors or the configuration do not fit this {kind.__name__}: {error}"
+        ) from error
     return model.to(device).eval()
 
 
@@ -95,7 +109,8 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise FileNotFoundError(f"no weights at {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+            keys = file.keys()
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
 
@@ -123,23 +138,31 @@ def load_vgg16(
         source: A state dictionary with torchvision's names (``features.0.weight``, ...), a
             ``.npz``, ``.pth`` or ``.safetensors`` file of one, ``"vgg16"`` or ``"vgg16_bn"`` to
             download torchvision's, or ``None`` for ``"vgg16"``. With and without batch norm,
-            with and without the fully connected layers.
+            with and without the fully connected layers. Batch norm is folded into the
+            convolutions of a model that has none.
 
     Returns:
         The names of the model's tensors that were filled; all others keep their values.
 
     Raises:
-        ValueError: The source is no VGG-16, or the encoder is of another shape.
+        FileNotFoundError: There is no such file.
+        TypeError: The model is neither a DeconvNet nor an FCN8s.
+        ValueError: The source is no VGG-16 or is damaged, or the encoder is of another shape.
     """
+    if not isinstance(model, (DeconvNet, FCN8s)):
+        raise TypeError(f"model must be a DeconvNet or an FCN8s, got {type(model).__name__}")
     weights = _vgg16_weights("vgg16" if source is None else source)
     own = model.state_dict()
-    filled = dict(_encoder_weights(model, weights))
-    for name, key in (("fc6", "classifier.0"), ("fc7", "classifier.3")):
-        weight = weights.get(f"{key}.weight")
-        # Linear layers over a flattened map are convolutions over that map.
-        if weight is not None and weight.numel() == own[f"{name}.0.weight"].numel():
-            filled[f"{name}.0.weight"] = weight.view_as(own[f"{name}.0.weight"])
-            filled[f"{name}.0.bias"] = weights[f"{key}.bias"]
+    try:
+        filled = dict(_encoder_weights(model, weights))
+        for name, key in (("fc6", "classifier.0"), ("fc7", "classifier.3")):
+            weight = weights.get(f"{key}.weight")
+            # Linear layers over a flattened map are convolutions over that map.
+            if weight is not None and weight.numel() == own[f"{name}.0.weight"].numel():
+                filled[f"{name}.0.weight"] = weight.view_as(own[f"{name}.0.weight"])
+                filled[f"{name}.0.bias"] = weights[f"{key}.bias"]
+    except KeyError as error:
+        raise ValueError(f"the VGG-16 weights lack {error}") from error
     for name, tensor in filled.items():
         if tensor.shape != own[name].shape:
             raise ValueError(
@@ -160,12 +183,25 @@ def _vgg16_weights(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Te
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no VGG-16 weights at {path}")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return {key: torch.from_numpy(arrays[key]).float() for key in arrays.files}
     if path.suffix == ".safetensors":
         return _read(path)[1]
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {key: torch.from_numpy(arrays[key]).float() for key in arrays.files}
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        EOFError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise ValueError(f"{path}: not a whole file of tensors: {error}") from error
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{path}: expected a state dictionary, found {type(weights).__name__}")
+    return weights
 
 
 def _encoder_weights(
@@ -176,9 +212,8 @@ def _encoder_weights(
     torchvision numbers convolutions, batch norms, ReLUs and pools in one sequence, so the
     position of a convolution depends on whether batch norms stand between.
     """
-    features = sorted(
-        {int(key.split(".")[1]) for key in weights if key.startswith("features.")}
-    )
+    names = (re.fullmatch(r"features\.(\d+)\.weight", key) for key in weights)
+    features = sorted(int(name[1]) for name in names if name)
     convolutions = [i for i in features if weights[f"features.{i}.weight"].ndim == 4]
     norms = [i for i in features if weights[f"features.{i}.weight"].ndim == 1]
     layers = [
@@ -191,13 +226,22 @@ def _encoder_weights(
             f"expected VGG-16's {len(layers)} convolutions named features.N.weight, "
             f"found {len(convolutions)}"
         )
-    for layer, i in zip(layers, convolutions):
-        for kind in ("weight", "bias"):
-            yield f"{layer}.0.{kind}", weights[f"features.{i}.{kind}"]
-    if norms and model.config.batch_norm:
-        for layer, i in zip(layers, norms):
-            for kind in ("weight", "bias", "running_mean", "running_var"):
-                yield f"{layer}.1.{kind}", weights[f"features.{i}.{kind}"]
+    if len(norms) not in (0, len(layers)):
+        raise ValueError(f"expected no batch norms or VGG-16's {len(layers)}, found {len(norms)}")
+    for layer, i, j in zip_longest(layers, convolutions, norms):
+        weight, bias = (weights[f"features.{i}.{kind}"] for kind in ("weight", "bias"))
+        if norms:
+            kinds = ("weight", "bias", "running_mean", "running_var")
+            norm = {kind: weights[f"features.{j}.{kind}"] for kind in kinds}
+            if model.config.batch_norm:
+                yield from ((f"{layer}.1.{kind}", tensor) for kind, tensor in norm.items())
+            else:
+                weight, bias = fuse_conv_bn_weights(
+                    weight, bias, norm["running_mean"], norm["running_var"], 1e-5,
+                    norm["weight"], norm["bias"],
+                )  # fmt: skip
+        yield f"{layer}.0.weight", weight
+        yield f"{layer}.0.bias", bias
 
 
 @torch.no_grad()
@@ -211,7 +255,14 @@ def calibrate_batch_norm(model: nn.Module, images: Tensor) -> None:
     Args:
         model: A network with batch norm, after :func:`load_vgg16`.
         images: A few typical crops, ``uint8 [N, 3, S, S]``.
+
+    Raises:
+        ValueError: The model has no batch norm.
     """
+    if not model.config.batch_norm:
+        raise ValueError(
+            "the model has no batch norm to calibrate: its config says batch_norm=False"
+        )
     x = model.normalise(images)
     for block in model.encoder.blocks:
         for convolution, norm, relu in block:

@@ -1,0 +1,136 @@
+"""The paper's ladder on the embedded data set: every step of the method, trained and measured.
+
+    python benchmarks/ladder.py --seeds 0 1 2
+
+For each seed: FCN-8s, DeconvNet on whole images, stage 1 and stage 2 are trained for the same
+number of crops, then judged on the same validation scenes with one proposal set. One file a
+seed is written to results/; a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from deconvnet import recipes
+from deconvnet.evaluation import evaluate, read_log, record, stage_labels
+from deconvnet.inference import Predictor
+from deconvnet.proposals import compute_proposals
+from deconvnet.shapes import write_shapes
+from deconvnet.voc import VOCDataset
+from deconvnet.weights import load_model, save_model
+
+METHODS = {
+    "fcn": "FCN-8s",
+    "whole": "DeconvNet trained and run on whole images",
+    "stage1": "DeconvNet after stage 1, with proposals",
+    "stage2-whole": "DeconvNet after stage 2, on whole images",
+    "stage2": "DeconvNet after stage 2, with proposals",
+    "ensemble": "EDeconvNet: mean with FCN-8s",
+    "crf": "EDeconvNet + dense CRF",
+}
+
+
+def main() -> None:
+    """Runs the ladder for the seeds given on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", type=Path, default=Path("data/shapes"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--train", type=int, default=2500, help="training scenes")
+    parser.add_argument("--val", type=int, default=200, help="validation scenes")
+    parser.add_argument("--iterations", type=int, help="updates a stage (the recipe's)")
+    options = parser.parse_args()
+
+    recipe = recipes.tiny()
+    write_shapes(options.data, train=options.train, val=options.val)
+    train = VOCDataset(options.data, "train", decode_cache=True)
+    val = VOCDataset(options.data, "val", decode_cache=True)
+    boxes = {
+        data.split: compute_proposals(data, options.runs / "proposals", recipe.edge_boxes)
+        for data in (train, val)
+    }
+    for seed in options.seeds:
+        runs = options.runs / f"shapes-seed{seed}"
+        networks = train_networks(recipe, train, val, boxes, runs, seed, options.iterations)
+        scores = evaluate(ladder(recipe, networks, boxes["val"]), val)
+        record(
+            options.results / f"shapes-seed{seed}.json",
+            dataset="shapes",
+            images=len(val),
+            train_images=len(train),
+            seed=seed,
+            recipe="tiny",
+            stages={stage: asdict(recipes.default_settings(recipe, stage)) for stage in networks},
+            inference=asdict(recipe.inference),
+            crf=asdict(recipe.crf),
+            methods={
+                name: {"description": METHODS[name], **score.summary(val.class_names)}
+                for name, score in scores.items()
+            },
+            curves={stage: read_log(runs / stage / "log.csv") for stage in networks},
+        )
+
+
+def train_networks(recipe, train, val, boxes, runs, seed, iterations=None):
+    """Trains the four networks, or loads those that were trained before."""
+    networks = {}
+    for stage in recipes.STAGES:
+        path = runs / stage / "weights.safetensors"
+        if not path.exists():
+            torch.manual_seed(seed)
+            model = (
+                load_model(runs / "1" / "weights.safetensors")
+                if stage == "2"
+                else recipes.make_network(recipe, stage, train.num_classes)
+            )
+            settings = replace(recipes.default_settings(recipe, stage), seed=seed)
+            if iterations is not None:
+                settings = replace(settings, iterations=iterations)
+            crops, checks = (
+                recipes.stage_crops(recipe, stage, data, boxes[data.split], training, seed)
+                for data, training in ((train, True), (val, False))
+            )
+            recipes.train_stage(recipe, stage, model, crops, runs / stage, checks, settings)
+            facts = {
+                "class_names": list(train.class_names),
+                "recipe": "tiny", "stage": stage, "seed": seed,
+            }
+            save_model(model, path, facts)
+        networks[stage] = load_model(path)
+    return networks
+
+
+def ladder(recipe, networks, boxes):
+    """Returns the function that segments one scene with every method of :data:`METHODS`."""
+
+    def predictor(stage, fcn=None, edge_boxes=recipe.edge_boxes, crf=None):
+        return Predictor(networks[stage], fcn, recipe.inference, edge_boxes, crf)
+
+    whole = predictor("whole", edge_boxes=None)
+    stage1 = predictor("1")
+    stage2_whole = predictor("2", edge_boxes=None)
+    full = predictor("2", networks["fcn"], crf=recipe.crf)
+
+    def predict(i, sample):
+        image = sample.image
+        steps = stage_labels(full(image, boxes[i]))
+        return {
+            "fcn": steps["fcn"],
+            "whole": whole(image).labels,
+            "stage1": stage1(image, boxes[i]).labels,
+            "stage2-whole": stage2_whole(image).labels,
+            "stage2": steps["deconvnet"],
+            "ensemble": steps["ensemble"],
+            "crf": steps["crf"],
+        }
+
+    return predict
+
+
+if __name__ == "__main__":
+    main()
