@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--train", type=int, default=2500, help="training scenes")
     parser.add_argument("--val", type=int, default=200, help="validation scenes")
-    parser.add_argument("--iterations", type=int, help="updates a stage (the recipe's)")
+    parser.add_argument("--iterations", type=int, default=640, help="updates a stage (640)")
     options = parser.parse_args()
 
     recipe = recipes.tiny()
@@ -96,11 +96,7 @@ def train_networks(recipe, train, val, boxes, runs, seed, iterations=None):
                 for data, training in ((train, True), (val, False))
             )
             recipes.train_stage(recipe, stage, model, crops, runs / stage, checks, settings)
-            facts = {
-                "class_names": list(train.class_names),
-                "recipe": "tiny", "stage": stage, "seed": seed,
-            }
-            save_model(model, path, facts)
+            save_model(model, path, recipes.facts("tiny", stage, train, seed))
         networks[stage] = load_model(path)
     return networks
 

@@ -6,7 +6,9 @@ One pass over the images serves every rung of the paper's ladder: whatever
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import os
 import platform
 import shlex
@@ -14,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -53,18 +56,18 @@ class Score:
         self.boundary.update(prediction, target)
 
     def summary(self, class_names: Sequence[str]) -> dict[str, object]:
-        """The figures as JSON-like values, in per cent; ``None`` for a class that is absent."""
-        per_class = {
-            name: None if iou != iou else round(100 * iou, 2)
-            for name, iou in zip(class_names, self.overall.iou().tolist())
-        }
+        """The figures as JSON-like values, in per cent; ``None`` where nothing counts."""
         return {
-            "miou": round(100 * self.overall.mean_iou(), 2),
-            "pixel_accuracy": round(100 * self.overall.pixel_accuracy(), 2),
-            "boundary_accuracy": round(100 * self.boundary.pixel_accuracy(), 2),
-            "boundary_miou": round(100 * self.boundary.mean_iou(), 2),
-            "per_class_iou": per_class,
+            "miou": _percent(self.overall.mean_iou()),
+            "pixel_accuracy": _percent(self.overall.pixel_accuracy()),
+            "boundary_accuracy": _percent(self.boundary.pixel_accuracy()),
+            "boundary_miou": _percent(self.boundary.mean_iou()),
+            "per_class_iou": dict(zip(class_names, map(_percent, self.overall.iou().tolist()))),
         }
+
+
+def _percent(share: float) -> float | None:
+    return None if math.isnan(share) else round(100 * share, 2)
 
 
 def evaluate(
@@ -116,34 +119,47 @@ def record(path: str | Path, **facts: object) -> dict[str, object]:
     Returns:
         What was written: the facts, and the command, commit, machine, versions and time.
     """
-    run = {
-        **facts,
-        "command": " ".join(["deconvnet" if is_cli() else "python " + command_name()]
-                            + [shlex.quote(a) for a in sys.argv[1:]]),
+    run = {**facts, **provenance()}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(run, indent=2, allow_nan=False) + "\n")
+    return run
+
+
+def provenance() -> dict[str, object]:
+    """Command, commit, machine, versions and time of this process, as JSON-like values."""
+    return {
+        "command": command(),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(run, indent=2) + "\n")
-    return run
 
 
-def is_cli() -> bool:
-    """Whether this process is the ``deconvnet`` command."""
-    return Path(sys.argv[0]).stem == "deconvnet" or sys.argv[0].endswith("deconvnet/__main__.py")
-
-
-def command_name() -> str:
-    """The running script, relative to the current folder where it lies below it."""
+def command() -> str:
+    """The command line of this process, without the folders above the current one."""
     script = Path(sys.argv[0])
-    here = Path.cwd()
-    return str(script.relative_to(here) if script.is_relative_to(here) else script)
+    if script.stem == "deconvnet" or script.parts[-2:] == ("deconvnet", "__main__.py"):
+        program = "deconvnet"
+    else:
+        here = Path.cwd()
+        program = (
+            f"python {script.relative_to(here) if script.is_relative_to(here) else script.name}"
+        )
+    return shlex.join([*program.split(), *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(argument: str) -> str:
+    """Shortens an absolute path to its last three parts: no record names a machine's folders."""
+    path = Path(argument)
+    return str(Path(*path.parts[-3:])) if path.is_absolute() else argument
 
 
 def commit() -> str | None:
-    """The git commit of the package's source, marked ``-dirty`` if the code was changed since."""
+    """The git commit of the package's source, marked ``-dirty`` if the code was changed since.
+
+    ``None`` where the package was installed without its repository.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -152,6 +168,7 @@ def commit() -> str | None:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # it may lie in another's repository
         changed = git("status", "--porcelain", "--", str(here))
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -180,8 +197,6 @@ def _cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python, torch, OpenCV and this package."""
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": platform.python_version()}
     for package in ("deconvnet", "torch", "torchvision", "opencv-contrib-python", "numpy"):
         try:
@@ -193,8 +208,6 @@ def versions() -> dict[str, str]:
 
 def read_log(path: str | Path) -> list[dict[str, float | None]]:
     """Reads a training log (``log.csv``) as one dictionary a row; absent values are ``None``."""
-    import csv
-
     with open(path, newline="") as file:
         return [
             {key: float(value) if value else None for key, value in row.items()}

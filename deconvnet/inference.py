@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from deconvnet.aggregation import Box, ScoreCanvas, cut_crops
 from deconvnet.crf import CRFConfig, dense_crf
 from deconvnet.ensemble import mean_of_probabilities, product_of_scores
+from deconvnet.hardware import autocast, choose_precision, default_device
 from deconvnet.instances import expand_box, pixel_box, square_box
 from deconvnet.model import PixelNormalisation
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, edge_boxes
@@ -51,7 +52,7 @@ class InferenceConfig:
     min_side: int = 0  # px; smaller boxes are skipped before counting (release: 112)
     include_whole_image: bool = False  # one more box, so that every pixel is seen; ours
     batch_size: int = 16  # crops that go through the network at once; ours
-    half_precision: bool = True  # 16-bit autocast on GPUs; the CPU always computes in float32
+    precision: str = "auto"  # see deconvnet.hardware.choose_precision; ours
 
     def __post_init__(self) -> None:
         if self.convention not in ("paper", "release"):
@@ -140,7 +141,7 @@ def aggregate_proposals(
     )
     for start in range(0, len(selected), config.batch_size):
         batch = selected[start : start + config.batch_size]
-        scores = _run(model, cut_crops(image, batch, size), config.half_precision).contiguous()
+        scores = _run(model, cut_crops(image, batch, size), config.precision).contiguous()
         for i, (box, crop_scores) in enumerate(zip(batch, scores), start):
             canvas.paste(box, crop_scores)
             if on_proposal is not None:
@@ -149,13 +150,13 @@ def aggregate_proposals(
 
 
 @torch.no_grad()
-def whole_image_scores(model: nn.Module, image: Tensor, half_precision: bool = True) -> Tensor:
+def whole_image_scores(model: nn.Module, image: Tensor, precision: str = "auto") -> Tensor:
     """Segments the image as one crop: DeconvNet without its instance-wise idea.
 
     Args:
         model: A DeconvNet in evaluation mode.
         image: ``uint8 [3, H, W]``, RGB; it is warped to the network's square input.
-        half_precision: 16-bit autocast on GPUs.
+        precision: See :func:`deconvnet.hardware.choose_precision`.
 
     Returns:
         Scores before softmax, ``float32 [C, H, W]`` on the model's device.
@@ -163,27 +164,27 @@ def whole_image_scores(model: nn.Module, image: Tensor, half_precision: bool = T
     image = check_image(image).to(_device(model))
     _, height, width = image.shape
     box = (0, 0, width, height)
-    scores = _run(model, cut_crops(image, [box], model.config.input_size), half_precision)
+    scores = _run(model, cut_crops(image, [box], model.config.input_size), precision)
     canvas = ScoreCanvas(model.config.num_classes, (height, width), device=image.device)
     canvas.paste(box, scores[0])
     return canvas.scores
 
 
 @torch.no_grad()
-def fcn_scores(fcn: nn.Module, image: Tensor, half_precision: bool = True) -> Tensor:
+def fcn_scores(fcn: nn.Module, image: Tensor, precision: str = "auto") -> Tensor:
     """Segments the image at its own size with a fully convolutional network.
 
     Args:
         fcn: :class:`deconvnet.fcn.FCN8s`, :class:`TorchvisionFCN` or the like, in evaluation
             mode.
         image: ``uint8 [3, H, W]``, RGB.
-        half_precision: 16-bit autocast on GPUs.
+        precision: See :func:`deconvnet.hardware.choose_precision`.
 
     Returns:
         Scores before softmax, ``float32 [C, H, W]`` on the network's device.
     """
     image = check_image(image).to(_device(fcn))
-    scores = _run(fcn, image[None], half_precision)[0].float()
+    scores = _run(fcn, image[None], precision)[0].float()
     if scores.shape[1:] != image.shape[1:]:
         raise ValueError(
             f"the FCN must score every pixel of the image {list(image.shape[1:])}, "
@@ -284,8 +285,7 @@ class Predictor:
         if names is not None and len(names) != counts[0]:
             raise ValueError(f"got {len(names)} class_names for {counts[0]} classes")
 
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(default if device is None else device)
+        self.device = default_device() if device is None else torch.device(device)
         for network in networks:
             network.to(self.device, memory_format=torch.channels_last).eval()
         self.deconvnet, self.fcn = deconvnet, fcn
@@ -301,8 +301,27 @@ class Predictor:
             name: ``"shapes"``, the embedded data set's classes.
             **options: Any argument of :class:`Predictor` except the networks.
         """
-        networks = (load_model(pretrained(f"{name}-{kind}")) for kind in ("deconvnet", "fcn"))
-        return cls(*networks, **options)
+        return cls.from_files(pretrained(f"{name}-deconvnet"), pretrained(f"{name}-fcn"), **options)
+
+    @classmethod
+    def from_files(
+        cls, deconvnet: str | Path | None, fcn: str | Path | None = None, **options
+    ) -> Predictor:
+        """Builds a predictor from files that :func:`deconvnet.weights.save_model` wrote.
+
+        The files say how they are meant to be used (crops, proposals, CRF); ``options`` overrule
+        them.
+
+        Args:
+            deconvnet: Weights of a DeconvNet, or None.
+            fcn: Weights of its partner, or None.
+            **options: Any argument of :class:`Predictor` except the networks.
+        """
+        networks = [None if path is None else load_model(path) for path in (deconvnet, fcn)]
+        kinds = {"config": InferenceConfig, "edge_boxes": EdgeBoxesConfig, "crf": CRFConfig}
+        saved = next((n.metadata for n in networks if n is not None), {}).get("settings", {})
+        settings = {name: kinds[name](**fields) for name, fields in saved.items()}
+        return cls(*networks, **(settings | options))
 
     def __call__(
         self, image: Tensor | str | Path, proposals: Proposals | Tensor | None = None
@@ -328,7 +347,7 @@ class Predictor:
         image = check_image(image).cpu()
         found = self._deconvnet(image, proposals) if self.deconvnet is not None else {}
         if self.fcn is not None:
-            scores = fcn_scores(self.fcn, image, self.config.half_precision)
+            scores = fcn_scores(self.fcn, image, self.config.precision)
             found |= {"fcn_scores": scores, "fcn_probabilities": scores.softmax(0)}
         if self.deconvnet is not None and self.fcn is not None:
             found["ensemble_probabilities"] = probabilities = self._ensemble(found)
@@ -348,7 +367,7 @@ class Predictor:
             proposals = Proposals(proposals, torch.zeros(len(proposals)))
         if proposals is None:
             boxes = None
-            scores = whole_image_scores(self.deconvnet, image, self.config.half_precision)
+            scores = whole_image_scores(self.deconvnet, image, self.config.precision)
         else:
             selected = select_boxes(proposals.boxes, tuple(image.shape[1:]), self.config)
             boxes = torch.tensor(selected, dtype=torch.float32).view(-1, 4)
@@ -383,16 +402,13 @@ def check_image(image: Tensor) -> Tensor:
     return image
 
 
-def _run(model: nn.Module, images: Tensor, half_precision: bool) -> Tensor:
+def _run(model: nn.Module, images: Tensor, precision: str) -> Tensor:
     if model.training:
         raise ValueError(
             "the network is in training mode, where batch norm depends on the other crops of the "
             "batch; call model.eval() first"
         )
-    half = half_precision and images.device.type == "cuda"
-    ampere = half and torch.cuda.get_device_capability(images.device) >= (8, 0)
-    dtype = torch.float16 if half and not ampere else torch.bfloat16
-    with torch.autocast(images.device.type, dtype, enabled=half):
+    with autocast(images.device, choose_precision(precision, images.device)):
         scores = model(images)
     if scores.ndim != 4 or scores.shape[1] != model.config.num_classes:
         raise ValueError(
@@ -402,7 +418,7 @@ def _run(model: nn.Module, images: Tensor, half_precision: bool) -> Tensor:
     if not scores.isfinite().all():
         raise ValueError(
             "the network gave scores that are not finite: its weights are damaged, or overflow in "
-            "16 bits (then set half_precision=False)"
+            '16 bits (then set precision="float32")'
         )
     return scores
 

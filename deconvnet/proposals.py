@@ -13,7 +13,6 @@ with the same number of boxes.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import math
@@ -201,15 +200,17 @@ def _structured_edges(pixels: np.ndarray, path: str | Path) -> tuple[np.ndarray,
 # The digest makes a replaced file a new entry.
 @lru_cache(maxsize=1)
 def _detector(path: str, digest: str) -> cv2.ximgproc.StructuredEdgeDetection:
+    parts = ("childs", "featureIds", "thresholds", "edgeBoundaries", "edgeBins")
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            start = file.read(4096)
-        # OpenCV divides by this number, and the process ends, if another YAML file lacks it.
-        if b"numberOfTrees:" not in start:
-            raise ValueError(f"a file that starts with {start[:40]!r}")
-        return _ximgproc().createStructuredEdgeDetection(path)
-    except (cv2.error, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: expected OpenCV's structured edge model, got {error}") from error
+        # OpenCV ends the whole process on a file that lacks a part, so look first.
+        file = cv2.FileStorage(path, cv2.FILE_STORAGE_READ)
+        complete = all(file.getNode(part).size() > 0 for part in parts)
+        if complete and file.getNode("options").getNode("numberOfTrees").real() > 0:
+            return _ximgproc().createStructuredEdgeDetection(path)
+        reason = "a file without a forest in it"
+    except (cv2.error, SystemError) as error:
+        reason = str(error)
+    raise ValueError(f"{path}: expected OpenCV's structured edge model, got {reason}")
 
 
 def _ximgproc() -> ModuleType:

@@ -7,7 +7,7 @@ how each stage is trained, and how an image is segmented afterwards.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,14 +54,15 @@ class Recipe:
 
 def tiny() -> Recipe:
     """Minutes on a CPU, for the embedded shapes data: 64 px crops."""
-    small = StageConfig.small(iterations=1_000)
+    small = StageConfig.small(iterations=1_500)
     return Recipe(
         model=ModelConfig.tiny(),
         fcn=FCNConfig.tiny(),
         instances=InstanceConfig.tiny(),
         stage1=small,
         stage2=replace(small, learning_rate=1e-3),
-        inference=InferenceConfig(batch_size=50),
+        # float32: small enough to be fast in it, and the same on every CPU
+        inference=InferenceConfig(batch_size=50, precision="float32"),
         edge_boxes=EdgeBoxesConfig.tiny(),
         balance=0.5,
     )
@@ -208,6 +209,22 @@ def default_settings(recipe: Recipe, stage: str) -> StageConfig:
     """Returns the solver settings that a recipe has for a stage."""
     _check_stage(stage)
     return recipe.stage2 if stage == "2" else recipe.stage1
+
+
+def facts(recipe_name: str, stage: str, dataset: VOCDataset, seed: int) -> dict[str, object]:
+    """What a weights file says of itself: classes, origin, and the settings to use it with."""
+    recipe = RECIPES[recipe_name]()
+    return {
+        "class_names": list(dataset.class_names),
+        "recipe": recipe_name,
+        "stage": stage,
+        "seed": seed,
+        "settings": {
+            "config": asdict(recipe.inference),
+            "edge_boxes": asdict(recipe.edge_boxes),
+            "crf": asdict(recipe.crf),
+        },
+    }
 
 
 def calibration_crops(crops: CropDataset, count: int = 64) -> Tensor:

@@ -12,12 +12,15 @@ from __future__ import annotations
 import csv
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,8 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from deconvnet.files import atomic_write
+from deconvnet.hardware import PRECISIONS, autocast, choose_precision, default_device
 from deconvnet.instances import StreamSampler
+from deconvnet.proposals import cv2  # from there, as it explains a failing import
 from deconvnet.voc import VOID
+
+LOG_COLUMNS = ("iteration", "seconds", "loss", "rate", "images_per_s", "validation")
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,19 @@ class StageConfig:
         for field, allowed in (
             ("optimizer", ("sgd", "adamw")),
             ("schedule", ("step", "plateau", "poly", "constant")),
-            ("precision", ("auto", "float32", "bfloat16", "float16")),
+            ("precision", PRECISIONS),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
-        for field in ("iterations", "batch_size", "micro_batch", "checkpoint_every", "log_every"):
+        for field in ("iterations", "batch_size", "micro_batch", "step_size", "patience",
+                      "validate_every", "checkpoint_every", "log_every"):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("warmup", "frozen_blocks", "workers", "seed"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be positive, or None; got {self.minutes}")
         if self.batch_size % self.micro_batch:
             raise ValueError(
                 f"batch_size must be a multiple of micro_batch, got {self.batch_size} "
@@ -136,7 +149,7 @@ def train(
         validate: Called every ``stage.validate_every`` iterations; returns a figure to
             minimise, which is logged and steers ``schedule="plateau"``.
         device: Where to train; CUDA where there is one by default.
-        resume: Go on from ``run_dir``'s checkpoint if there is one.
+        resume: Go on from ``run_dir``'s checkpoint if there is one; False forgets it.
         progress: Show a progress bar.
 
     Returns:
@@ -145,15 +158,15 @@ def train(
     Raises:
         TrainingDiverged: The loss is not finite; the last good checkpoint stays.
         ValueError: The checkpoint belongs to other settings, or is damaged.
+        KeyboardInterrupt: After Ctrl-C, once the update under way is done and saved; a second
+            Ctrl-C does not wait.
     """
     run = _Run(model, dataset, stage, Path(run_dir), indices, validate, device)
     if resume:
         run.load()
-    try:
-        run.loop(progress)
-    except KeyboardInterrupt:
-        run.save()
-        raise
+    else:
+        run.checkpoint.unlink(missing_ok=True)
+    run.loop(progress)
     return model
 
 
@@ -176,7 +189,6 @@ class _Run:
         self.stage, self.dataset, self.indices = stage, dataset, indices
         self.validate, self.run_dir = validate, run_dir
         self.device = torch.device(device) if device else default_device(self.rank)
-        torch.manual_seed(stage.seed + self.rank)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.frozen = freeze_blocks(model, stage.frozen_blocks)
         self.optimizer = make_optimizer(model, stage)
@@ -192,33 +204,41 @@ class _Run:
     def loop(self, progress: bool) -> None:
         stage, network = self.stage, self.distributed_model()
         bar = tqdm(
-            total=stage.iterations, initial=self.iteration, unit="it", dynamic_ncols=True,
+            total=stage.iterations,
+            initial=self.iteration,
+            unit="it",
+            dynamic_ncols=True,
             disable=not progress or self.rank > 0,
         )
         batches = self.batches()
         self.train_mode()
         clock = time.perf_counter()
-        while self.iteration < stage.iterations and self.progress() < 1:
-            rate = self.set_rate()
-            loss = self.update(network, [next(batches) for _ in range(self.accumulate)])
-            self.iteration += 1
-            now = time.perf_counter()
-            self.seconds, clock = self.seconds + now - clock, now
-            last = self.iteration == stage.iterations or self.progress() >= 1
-            score = None
-            if self.validate and (self.iteration % stage.validate_every == 0 or last):
-                score = self.run_validation()
-                clock = time.perf_counter()  # validation is not training time
-            if self.iteration % stage.log_every == 0 or last or score is not None:
-                value = self.checked(loss)
-                speed = self.iteration * stage.batch_size / max(self.seconds, 1e-9)
-                bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", imgs=f"{speed:.1f}/s")
-                self.log(value, rate, speed, score)
-            bar.update(1)
-            if self.iteration % stage.checkpoint_every == 0 or last:
-                self.checked(loss)
-                self.save()
-        bar.close()
+        with bar, deferred_interrupt() as interrupted:
+            while self.progress() < 1:
+                self.set_seed()
+                rate = self.set_rate()
+                loss = self.update(network, [next(batches) for _ in range(self.accumulate)])
+                self.iteration += 1
+                now = time.perf_counter()
+                self.seconds, clock = self.seconds + now - clock, now
+                if stage.minutes is not None:
+                    self.seconds = self.shared(self.seconds)
+                last, stopping = self.progress() >= 1, interrupted()
+                score = None
+                if self.validate and (self.iteration % stage.validate_every == 0 or last):
+                    score = self.run_validation()
+                    clock = time.perf_counter()  # validation is not training time
+                if self.iteration % stage.log_every == 0 or last or score is not None:
+                    value = self.checked(loss)
+                    speed = self.iteration * stage.batch_size / max(self.seconds, 1e-9)
+                    bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", imgs=f"{speed:.1f}/s")
+                    self.log(value, rate, speed, score)
+                bar.update(1)
+                if self.iteration % stage.checkpoint_every == 0 or last or stopping:
+                    self.checked(loss)
+                    self.save()
+                if stopping:
+                    raise KeyboardInterrupt
 
     def update(self, network: nn.Module, micro_batches: list[tuple[Tensor, Tensor]]) -> Tensor:
         """One update of the weights; returns the mean loss over the whole batch's pixels."""
@@ -234,9 +254,7 @@ class _Run:
             last = i == len(micro_batches) - 1
             waiting = nullcontext() if last or self.world_size == 1 else network.no_sync()
             with waiting:
-                with torch.autocast(
-                    self.device.type, self.precision, enabled=self.precision != torch.float32
-                ):
+                with autocast(self.device, self.precision):
                     scores = network(images)
                 loss = pixel_loss(scores.float(), labels) / pixels
                 # DDP averages over processes where the batch's mean needs their sum.
@@ -252,14 +270,22 @@ class _Run:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         stage = self.stage
         sampler = StreamSampler(
-            len(self.dataset), seed=stage.seed, rank=self.rank, world_size=self.world_size,
-            start=self.iteration * stage.batch_size, indices=self.indices,
+            len(self.dataset),
+            seed=stage.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            start=self.iteration * stage.batch_size,
+            indices=self.indices,
         )
         # A loader draws its workers' seed from the global generator; ours leaves that alone.
         return iter(
             DataLoader(
-                self.dataset, batch_size=stage.micro_batch, sampler=sampler,
-                num_workers=stage.workers, pin_memory=self.device.type == "cuda",
+                self.dataset,
+                batch_size=stage.micro_batch,
+                sampler=sampler,
+                num_workers=stage.workers,
+                worker_init_fn=prepare_worker,
+                pin_memory=self.device.type == "cuda",
                 generator=torch.Generator().manual_seed(stage.seed),
             )
         )
@@ -270,6 +296,19 @@ class _Run:
         if self.stage.minutes is not None:
             done = max(done, self.seconds / 60 / self.stage.minutes)
         return done
+
+    def set_seed(self) -> None:
+        """Seeds dropout from the seed, the step and the process, so that no state is needed."""
+        sequence = np.random.SeedSequence((self.stage.seed, self.iteration, self.rank))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+    def shared(self, value: float) -> float:
+        """Returns the first process's value, so that all of them decide alike."""
+        if self.world_size == 1:
+            return value
+        message = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(message, src=0)
+        return message.item()
 
     def set_rate(self) -> float:
         rate = self.stage.learning_rate * schedule_factor(
@@ -295,20 +334,24 @@ class _Run:
     def run_validation(self) -> float:
         self.model.eval()
         with torch.no_grad():
-            score = float(self.validate(self.model))
+            score = self.shared(float(self.validate(self.model)))
         self.train_mode()
         self.plateau.update(score)
         return score
 
     def checked(self, loss: Tensor) -> float:
+        """Returns the loss as a number, or says why training cannot go on."""
         value = float(loss)
         if not math.isfinite(value):
-            kept = self.checkpoint if self.checkpoint.exists() else "none was written yet"
-            raise TrainingDiverged(
-                f"the loss is {value} at iteration {self.iteration}; lower learning_rate or "
-                f"lengthen warmup. The last good checkpoint: {kept}"
-            )
+            self.diverged(f"the loss is {value}")
         return value
+
+    def diverged(self, what: str) -> None:
+        kept = self.checkpoint if self.checkpoint.exists() else "none was written yet"
+        raise TrainingDiverged(
+            f"{what} at iteration {self.iteration}; lower learning_rate or lengthen warmup. "
+            f"The last good checkpoint: {kept}"
+        )
 
     # --- files --------------------------------------------------------------------------------
 
@@ -327,23 +370,32 @@ class _Run:
             file.seek(self.row_bytes)
             rows = csv.writer(file)
             if self.row_bytes == 0:
-                rows.writerow(["iteration", "seconds", "loss", "rate", "images_per_s", "validation"])
-            rows.writerow([
-                self.iteration, f"{self.seconds:.1f}", f"{loss:.6g}", f"{rate:.6g}",
-                f"{speed:.1f}", "" if score is None else f"{score:.6g}",
-            ])
+                rows.writerow(LOG_COLUMNS)
+            rows.writerow(
+                [
+                    self.iteration,
+                    f"{self.seconds:.1f}",
+                    f"{loss:.6g}",
+                    f"{rate:.6g}",
+                    f"{speed:.1f}",
+                    "" if score is None else f"{score:.6g}",
+                ]
+            )
             self.row_bytes = file.tell()
 
     def save(self) -> None:
+        weights = self.model.state_dict()
+        # A finite loss may still have had gradients that were not.
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            self.diverged("the weights are not finite")
         if self.rank > 0:
             return
         state = {
             "stage": asdict(self.stage),
-            "model": self.model.state_dict(),
+            "model": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "plateau": vars(self.plateau),
-            "random": torch.get_rng_state(),
             "iteration": self.iteration,
             "seconds": self.seconds,
             "row_bytes": self.row_bytes,
@@ -352,31 +404,72 @@ class _Run:
             torch.save(state, temporary)
 
     def load(self) -> None:
-        if not self.checkpoint.exists():
-            return
+        if self.checkpoint.exists():
+            self.restore(self.read())
+        if self.shared(self.iteration) != self.iteration:
+            raise ValueError(f"{self.run_dir}: must be one folder that all processes share")
+
+    def read(self) -> dict:
+        """Returns the checkpoint, if it is whole and this run's."""
+        instead = "use another run_dir, or resume=False (--restart) to start anew"
         try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             settings = state["stage"]
-        except Exception as error:
+        except Exception as error:  # zip, pickle and torch each have their own
             raise ValueError(
-                f"{self.checkpoint}: not a whole checkpoint ({error}); remove it or pass "
-                "resume=False to start anew"
+                f"{self.checkpoint}: not a whole checkpoint ({type(error).__name__}); {instead}"
             ) from error
         # A run may be made longer or logged otherwise; all else would no longer be one run.
         free = {"iterations", "minutes", "workers", "log_every", "checkpoint_every"}
         for field, value in asdict(self.stage).items():
             if field not in free and settings.get(field) != value:
                 raise ValueError(
-                    f"{self.checkpoint} was written with {field}={settings.get(field)!r}, this "
-                    f"run has {value!r}; use another run_dir or resume=False"
+                    f"{self.checkpoint}: was written with {field}={settings.get(field)!r}, this "
+                    f"run has {value!r}; {instead}"
                 )
+        own = self.model.state_dict()
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state["model"].items()}:
+            raise ValueError(f"{self.checkpoint}: holds another network than this run's; {instead}")
+        return state
+
+    def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         vars(self.plateau).update(state["plateau"])
-        torch.set_rng_state(state["random"].cpu())
         self.iteration, self.seconds = state["iteration"], state["seconds"]
-        self.row_bytes = state["row_bytes"]
+        log = self.run_dir / "log.csv"
+        self.row_bytes = min(state["row_bytes"], log.stat().st_size if log.exists() else 0)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Holds Ctrl-C back, since half an update could not be resumed; a second one acts at once.
+
+    Yields:
+        A function that tells whether Ctrl-C was pressed.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread receives signals
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def prepare_worker(worker: int) -> None:
+    """Makes a loader's process single threaded, and leaves Ctrl-C to the main process."""
+    cv2.setNumThreads(0)  # OpenCV's threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # --- the pieces -------------------------------------------------------------------------------
@@ -457,6 +550,8 @@ def freeze_blocks(model: nn.Module, count: int) -> list[nn.Module]:
     """Stops the gradients of the encoder's first ``count`` blocks and returns those blocks."""
     if count == 0:
         return []
+    if count > len(model.encoder.blocks):
+        raise ValueError(f"frozen_blocks is {count}, the encoder has {len(model.encoder.blocks)}")
     blocks = list(model.encoder.blocks[:count])
     for block in blocks:
         block.requires_grad_(False)
@@ -487,7 +582,9 @@ def reestimate_batch_norm(
     sampler = StreamSampler(len(dataset), seed=seed, length=max(crops // batch, 1) * batch)
     device = next(model.parameters()).device
     was_training = model.training
-    model.train()
+    model.eval()  # without dropout, as at inference
+    for norm in norms:
+        norm.train()
     for images, _ in DataLoader(dataset, batch_size=batch, sampler=sampler):
         model(images.to(device))
     model.train(was_training)
@@ -506,29 +603,6 @@ def crop_loss(model: nn.Module, dataset: Dataset, crops: int = 256, batch: int =
         total += pixel_loss(model(images.to(device)).float(), labels).item()
         valid += int((labels != VOID).sum())
     return total / max(valid, 1)
-
-
-def choose_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Resolves ``"auto"``: bfloat16 where the hardware computes it, float16 on older CUDA
-    cards (with loss scaling), float32 elsewhere."""
-    if precision != "auto":
-        return getattr(torch, precision)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    check = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(check())
-
-
-def default_device(rank: int = 0) -> torch.device:
-    """The accelerator of this process, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", rank % torch.cuda.device_count())
-    return torch.device("cpu")
 
 
 def distributed_position() -> tuple[int, int]:

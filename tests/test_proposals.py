@@ -89,7 +89,8 @@ def test_colour_alone_makes_an_edge() -> None:
     image = torch.zeros(3, 60, 60, dtype=torch.uint8)
     image[0, :, :30], image[1, :, 30:] = 150, 107  # red, green of about the same lightness
     edges, _ = edge_map(image)
-    assert (edges[10:50].argmax(dim=1) - 29.5).abs().max() <= 1 and (edges[10:50].amax(1) == 1).all()
+    assert (edges[10:50].argmax(dim=1) - 29.5).abs().max() <= 1
+    assert edges[10:50].amax(dim=1).min() > 0.9
 
 
 def test_noise_in_an_empty_image_is_no_edge() -> None:
@@ -396,7 +397,7 @@ def test_structured_edges(tmp_path: Path, name: str) -> None:
     path = write_forest(tmp_path / name)
     edges, orientation = edge_map(scene(), path)
     assert edges.shape == (130, 160) and 0.3 < edges.max() <= 1
-    assert 0 <= orientation.min() and orientation.max() < math.pi
+    assert orientation.min() >= 0 and orientation.max() < math.pi
     y, x = (edges > 0.3).nonzero().T
     assert 20 <= y.min() <= 40 and 80 <= y.max() <= 100  # around the rectangle's 30 to 90
     boxes, _ = edge_boxes(scene(), model_path=path)

@@ -1,0 +1,51 @@
+"""What the machine can do: where to compute, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+
+def default_device(rank: int = 0) -> torch.device:
+    """The accelerator of this process, or the CPU.
+
+    Args:
+        rank: Of the process among those of this run; each takes its own GPU.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def choose_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Resolves a precision's name for a device.
+
+    Args:
+        precision: ``"auto"`` is bfloat16 where the hardware computes it, float16 on older CUDA
+            cards (training then scales the loss) and float32 elsewhere.
+        device: Where to compute.
+
+    Raises:
+        ValueError: There is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        )
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    # torch has no public question for this; without an answer float32 is right everywhere.
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """The context in which convolutions compute in ``precision``."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
