@@ -1,1 +1,28 @@
-"""Learning Deconvolution Network for Semantic Segmentation (Noh, Hong, Han, ICCV 2015)."""
+"""Learning Deconvolution Network for Semantic Segmentation (Noh, Hong, Han, ICCV 2015).
+
+One idea, one module; the names below are what most users need.
+"""
+
+from importlib.metadata import version
+
+from deconvnet.fcn import FCN8s, FCNConfig
+from deconvnet.inference import InferenceConfig, Prediction, Predictor
+from deconvnet.model import DeconvNet, ModelConfig, deconvnet_tiny, deconvnet_vgg16
+from deconvnet.weights import load_model, load_vgg16, save_model
+
+__version__ = version("deconvnet")
+
+__all__ = [
+    "DeconvNet",
+    "FCN8s",
+    "FCNConfig",
+    "InferenceConfig",
+    "ModelConfig",
+    "Prediction",
+    "Predictor",
+    "deconvnet_tiny",
+    "deconvnet_vgg16",
+    "load_model",
+    "load_vgg16",
+    "save_model",
+]

@@ -122,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
     sub.add_argument("--proposals", type=Path, help="cache folder of proposals (stage 2)")
     sub.add_argument("--limit", type=int, help="only the first so many images")
+    sub.add_argument("--half", action="store_true", help="store the weights in 16 bits")
     sub.add_argument("--restart", action="store_true", help="forget the checkpoint in --out")
     _add_device(sub)
 
@@ -290,7 +291,8 @@ def run_train(options: argparse.Namespace) -> None:
             **provenance(),
         }
         facts = recipes.facts(options.recipe, options.stage, dataset, options.seed)
-        save_model(model, path, {**facts, "training": training})
+        dtype = torch.float16 if options.half else None
+        save_model(model, path, {**facts, "training": training}, dtype)
         print(path)
 
 
@@ -442,12 +444,10 @@ def _predictor(options: argparse.Namespace) -> Predictor:
 
 
 def _check_classes(predictor: Predictor, dataset: VOCDataset) -> None:
+    named = predictor.class_names
     network = predictor.deconvnet or predictor.fcn
-    known = predictor.class_names or tuple(map(str, range(network.config.num_classes)))
-    if len(known) != dataset.num_classes or predictor.class_names not in (
-        None,
-        dataset.class_names,
-    ):
+    known = named or tuple(map(str, range(network.config.num_classes)))
+    if len(known) != dataset.num_classes or (named and named != dataset.class_names):
         raise ValueError(
             f"{dataset.root}: has the {dataset.num_classes} classes "
             f"{', '.join(dataset.class_names)}; the weights know {len(known)}: {', '.join(known)}"

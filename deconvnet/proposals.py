@@ -420,7 +420,8 @@ def _one_thread(worker: int) -> None:
 
 def _read_cache(path: Path) -> Proposals | None:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # From memory: NumPy leaves a damaged file open.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             boxes, scores = arrays["boxes"], arrays["scores"]
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         return None
