@@ -38,9 +38,14 @@ def test_failure_leaves_nothing_behind(tmp_path, error, old):
     path = tmp_path / "data.txt"
     if old:
         path.write_text(old)
-    with pytest.raises(error), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write():
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert os.listdir(tmp_path) == (["data.txt"] if old else [])
     if old:
         assert path.read_text() == old

@@ -86,9 +86,7 @@ def fcn(seed: int = 0, **options) -> FCN8s:
 
 def deconvnet(seed: int = 0, **options) -> DeconvNet:
     torch.manual_seed(seed)
-    config = ModelConfig(
-        **SIZES, decoder_depths=(1,) * 5, fc_width=8, input_size=SIZE, **options
-    )
+    config = ModelConfig(**SIZES, decoder_depths=(1,) * 5, fc_width=8, input_size=SIZE, **options)
     return DeconvNet(config)
 
 
@@ -270,9 +268,7 @@ def test_finished_run_is_left_alone_and_can_be_made_longer(tmp_path: Path) -> No
     run(tmp_path / "parts", dataset=Crops(lambda draw: killed()))
     assert (tmp_path / "parts/checkpoint.pt").read_bytes() == before
     run(tmp_path / "parts", replace(STAGE, iterations=12, log_every=4, workers=2))
-    assert_same(
-        checkpoint(tmp_path / "whole")["model"], checkpoint(tmp_path / "parts")["model"]
-    )
+    assert_same(checkpoint(tmp_path / "whole")["model"], checkpoint(tmp_path / "parts")["model"])
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
@@ -649,7 +645,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         f"    run({str(tmp_path / 'two')!r}, stage, model=deconvnet(batch_norm=False))\n"
         "torch.distributed.destroy_process_group()\n"
     )
-    command = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *command, str(script)],

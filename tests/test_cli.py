@@ -1,0 +1,568 @@
+"""Every command, in process where it can be: what it writes, says and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from deconvnet import cli, recipes, training, weights
+from deconvnet.cli import main
+from deconvnet.fcn import FCN8s, FCNConfig
+from deconvnet.model import DeconvNet, ModelConfig
+from deconvnet.proposals import edge_boxes
+from deconvnet.shapes import CLASS_NAMES
+from deconvnet.voc import VOCDataset, read_image, read_label_map
+from deconvnet.weights import SHIPPED, load_model, save_model
+
+COMMANDS = ("data", "train", "segment", "evaluate", "proposals", "demo")
+SIZES = {"widths": (4, 4, 4, 6, 8), "encoder_depths": (1,) * 5, "fc_width": 8}
+SHIPPED_FILES = [SHIPPED / f"shapes-{name}.safetensors" for name in ("deconvnet", "fcn")]
+needs_shipped = pytest.mark.skipif(
+    not all(path.is_file() for path in SHIPPED_FILES), reason="no weights have been shipped yet"
+)
+
+
+@pytest.fixture(scope="module")
+def networks(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Untrained networks of the shapes' classes, as files."""
+    folder = tmp_path_factory.mktemp("weights")
+    dataset = VOCDataset(shapes_root, "val")
+    torch.manual_seed(0)
+    deconvnet = DeconvNet(ModelConfig(13, **SIZES, decoder_depths=(1,) * 5, input_size=32))
+    fcn = FCN8s(FCNConfig(13, **SIZES, fc_kernel=3, input_size=32))
+    files = {}
+    for name, stage, model in (("deconvnet", "2", deconvnet), ("fcn", "fcn", fcn)):
+        for parameter in model.parameters():  # untrained scores are all alike
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        files[name] = str(folder / f"{name}.safetensors")
+        save_model(model, files[name], recipes.facts("tiny", stage, dataset, 0))
+    return files
+
+
+@pytest.fixture
+def photo(shapes_root: Path) -> str:
+    return str(shapes_root / "JPEGImages/val_000000.jpg")
+
+
+@pytest.fixture
+def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe "tiny" on a network of a few thousand weights."""
+    recipe = recipes.tiny()
+    stage = replace(
+        recipe.stage1, batch_size=4, micro_batch=4, iterations=6, log_every=1, checkpoint_every=2
+    )
+    small = replace(
+        recipe,
+        model=ModelConfig(**SIZES, decoder_depths=(1,) * 5, input_size=32),
+        fcn=FCNConfig(**SIZES, fc_kernel=3, input_size=32),
+        instances=replace(recipe.instances, resize=36, crop=32),
+        stage1=stage,
+        stage2=stage,
+    )
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: small)
+
+
+def options(networks: dict[str, str]) -> list[str]:
+    return ["--deconvnet", networks["deconvnet"], "--fcn", networks["fcn"], "--device", "cpu"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command that must say what is wrong on one line; returns that line."""
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    message = captured.err.strip().splitlines()[-1]
+    assert message.startswith("deconvnet: ")
+    assert "Traceback" not in captured.err
+    return message
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The same for what the parser itself turns down."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    examples = text.split("examples:\n")[1].strip().splitlines()
+    assert examples
+    for example in examples:
+        program, *arguments = example.split()
+        assert program == "deconvnet"
+        assert cli.parser().parse_args(arguments).command == command
+    assert "--seed" in text
+    if command not in ("data", "proposals"):
+        assert "--device" in text
+
+
+def test_help_lists_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f" {command} " in text for command in COMMANDS)
+    assert "0 all went well, 2 wrong input, 3 training diverged, 130 interrupted" in text
+
+
+def test_no_or_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "required: command" in refused(capsys)
+    assert "invalid choice: 'paint'" in refused(capsys, "paint")
+
+
+def test_runs_as_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deconvnet", "proposals", "missing.jpg"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "deconvnet: missing.jpg: there is no such image file\n"
+
+
+# data
+
+
+def test_data_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["data", "shapes", str(tmp_path / "s"), "--train", "2", "--val", "1", "--quiet"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 's'}\n"
+    dataset = VOCDataset(tmp_path / "s", "train")
+    assert len(dataset) == 2
+    assert dataset.class_names == CLASS_NAMES
+    assert main(command) == 0
+    capsys.readouterr()
+    assert "another seed" in fails(capsys, *command, "--seed", "1")
+    assert "train must be at least 1" in fails(capsys, "data", "shapes", tmp_path, "--train", 0)
+
+
+def test_data_voc2012(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for name in ("download_voc2012", "download_sbd"):
+        monkeypatch.setattr(cli, name, lambda root, n=name: calls.append((n, root)) or root / "V")
+    assert main(["data", "voc2012", str(tmp_path)]) == 0
+    assert main(["data", "voc2012", str(tmp_path), "--sbd"]) == 0
+    assert [name for name, _ in calls] == ["download_voc2012"] * 2 + ["download_sbd"]
+    assert {root for _, root in calls} == {tmp_path}
+    assert capsys.readouterr().out == f"{tmp_path / 'V'}\n" * 2
+
+
+# train
+
+
+def train(root: Path, out: Path, *more: object) -> list[str]:
+    arguments = ["train", "--data", root, "--out", out, "--device", "cpu", "--quiet", *more]
+    return [str(a) for a in arguments]
+
+
+@pytest.mark.usefixtures("small_training")
+def test_two_stages_and_resuming(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage1 = tmp_path / "stage1"
+    assert main(train(shapes_root, stage1, "--stage", 1, "--iterations", 3)) == 0
+    assert capsys.readouterr().out == f"{stage1 / 'weights.safetensors'}\n"
+    model = load_model(stage1 / "weights.safetensors")
+    assert model.metadata["class_names"] == list(CLASS_NAMES)
+    assert (model.metadata["recipe"], model.metadata["stage"]) == ("tiny", "1")
+    assert model.metadata["training"]["iterations"] == 3
+    # Made longer, it equals a run that was that long from the start.
+    assert main(train(shapes_root, stage1, "--stage", 1, "--iterations", 5)) == 0
+    state = torch.load(stage1 / "checkpoint.pt", weights_only=True)
+    assert state["iteration"] == 5
+
+    stage2, cache = tmp_path / "stage2", tmp_path / "cache"
+    command = train(
+        shapes_root, stage2, "--stage", 2, "--iterations", 2, "--proposals", cache,
+        "--init", stage1 / "weights.safetensors", "--workers", 1, "--limit", 6,
+    )  # fmt: skip
+    assert main(command) == 0
+    assert len(list(cache.glob("*.npz"))) == 12  # six images each of train and val
+    model = load_model(stage2 / "weights.safetensors")
+    assert (model.metadata["stage"], model.metadata["training"]["images"]) == ("2", 6)
+    assert sorted(p.name for p in stage2.iterdir()) == [
+        "checkpoint.pt",
+        "log.csv",
+        "weights.safetensors",
+    ]
+
+
+@pytest.mark.usefixtures("small_training", "one_thread")
+def test_interrupted_training_goes_on(
+    shapes_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def press_ctrl_c(*arguments) -> torch.Tensor:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*arguments)
+
+    loss = training.pixel_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "pixel_loss", press_ctrl_c)
+        assert main(train(shapes_root, tmp_path / "parts")) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "parts/weights.safetensors").exists()
+    assert main(train(shapes_root, tmp_path / "parts")) == 0
+    assert main(train(shapes_root, tmp_path / "whole")) == 0
+    parts, whole = (load_model(tmp_path / n / "weights.safetensors") for n in ("parts", "whole"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], tensor), name
+
+
+@pytest.mark.usefixtures("small_training")
+def test_diverged_training(
+    shapes_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert main(train(shapes_root, tmp_path, "--stage", "whole", "--iterations", 2)) == 0
+    kept = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    loss = training.pixel_loss
+    monkeypatch.setattr(training, "pixel_loss", lambda s, y: loss(s, y) * float("inf"))
+    assert main(train(shapes_root, tmp_path, "--stage", "whole", "--iterations", 4)) == 3
+    message = capsys.readouterr().err
+    assert message.startswith("deconvnet: the loss is inf at iteration 3;")
+    assert str(tmp_path / "checkpoint.pt") in message
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.usefixtures("small_training")
+def test_restart_and_other_seed(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = train(shapes_root, tmp_path, "--stage", "fcn", "--iterations", 1)
+    assert main(command) == 0
+    capsys.readouterr()
+    message = fails(capsys, *command, "--seed", 1)
+    assert "checkpoint.pt: was written with seed=0, this run has 1" in message
+    assert main([*command, "--seed", "1", "--restart"]) == 0
+    assert load_model(tmp_path / "weights.safetensors").metadata["seed"] == 1
+
+
+@pytest.mark.usefixtures("small_training")
+def test_train_bad_input(
+    shapes_root: Path,
+    tmp_path: Path,
+    networks: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    command = train(shapes_root, out)
+    assert "nowhere: expected a folder in VOC's layout" in fails(capsys, *train("nowhere", out))
+    assert "dev" in fails(capsys, *command, "--split", "dev")
+    assert "iterations must be at least 1" in fails(capsys, *command, "--iterations", 0)
+    assert "minutes must be positive" in fails(capsys, *command, "--minutes", -1)
+    assert "limit must be at least 1" in fails(capsys, *command, "--limit", 0)
+    assert "seed" in fails(capsys, *command, "--seed", -1)
+    assert "no weights at gone.safetensors" in fails(capsys, *command, "--init", "gone.safetensors")
+    message = fails(capsys, *command, "--init", networks["fcn"])
+    assert "fcn.safetensors: expected a network with ModelConfig for stage 1" in message
+    two_classes = tmp_path / "two.safetensors"
+    save_model(DeconvNet(ModelConfig(2, **SIZES, input_size=32)), two_classes)
+    message = fails(capsys, *command, "--init", two_classes)
+    assert "two.safetensors: expected classes: 13" in message
+    assert message.endswith("got 2")
+    other_size = tmp_path / "64.safetensors"
+    save_model(DeconvNet(ModelConfig(13, **SIZES, input_size=64)), other_size)
+    assert "crops in pixels: 32" in fails(capsys, *command, "--init", other_size)
+    assert "no VGG-16 weights at gone.npz" in fails(capsys, *command, "--vgg16", "gone.npz")
+    assert "not allowed with" in refused(capsys, *command, "--init", "a", "--vgg16", "b")
+    assert "invalid choice: '3'" in refused(capsys, *command, "--stage", 3)
+    assert not out.exists()
+
+
+def test_device_is_checked_before_anything_else(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "demo", "-o", "demo.png", "--device", "abacus")
+    assert "argument --device: 'abacus' cannot be used" in message
+    if not torch.cuda.is_available():
+        assert "cannot be used" in refused(capsys, "demo", "-o", "demo.png", "--device", "cuda")
+
+
+# segment
+
+
+def test_segment(
+    photo: str, tmp_path: Path, networks: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "labels.png"
+    assert main(["segment", photo, "-o", str(out), "--num-proposals", "3", *options(networks)]) == 0
+    image = read_image(photo)
+    labels = read_label_map(out, num_classes=13)
+    assert labels.shape == image.shape[1:]
+    with Image.open(out) as png:
+        assert png.mode == "P"
+    picture = read_image(tmp_path / "new" / "labels-overlay.png")
+    assert picture.shape == image.shape
+    assert torch.equal(picture[:, labels == 0], image[:, labels == 0])
+    assert not torch.equal(picture, image)
+    files, shares = capsys.readouterr().out.strip().splitlines()
+    assert files == f"{out} {tmp_path / 'new' / 'labels-overlay.png'}"
+    present = [CLASS_NAMES[c] for c in labels.unique().tolist()]
+    assert [share.split()[0] for share in shares.split(", ")] == present
+    total = sum(float(share.split()[1].rstrip("%")) for share in shares.split(", "))
+    assert total == pytest.approx(100, abs=1)
+
+
+def test_segment_options_reach_the_predictor(networks: dict[str, str]) -> None:
+    def predictor(*more: str) -> cli.Predictor:
+        arguments = ["segment", "photo.jpg", "-o", "out.png", *options(networks), *more]
+        return cli._predictor(cli.parser().parse_args(arguments))
+
+    tiny, compact = recipes.tiny(), recipes.compact()
+    plain = predictor()
+    assert (plain.config, plain.edge_boxes, plain.crf) == (
+        tiny.inference,
+        tiny.edge_boxes,
+        tiny.crf,
+    )
+    other = predictor("--recipe", "compact")
+    assert (other.config, other.edge_boxes) == (compact.inference, compact.edge_boxes)
+    assert predictor("--whole").edge_boxes is None
+    assert predictor("--no-crf").crf is None
+    assert predictor("--num-proposals", "7").config.num_proposals == 7
+    release = predictor("--convention", "release")
+    assert (release.config.convention, release.config.min_side) == ("release", 16)
+    assert release.config.batch_size == tiny.inference.batch_size
+    assert release.crf.normalization == "none"
+    assert predictor("--fcn", "none").fcn is None
+    assert predictor("--deconvnet", "none").deconvnet is None
+    assert str(predictor("--edge-model", "model.yml.gz").edge_model) == "model.yml.gz"
+
+
+@pytest.mark.parametrize(
+    "more", [["--whole", "--fcn", "none", "--no-crf"], ["--deconvnet", "none", "--no-crf"]]
+)
+def test_segment_with_one_network(
+    more: list[str], photo: str, tmp_path: Path, networks: dict[str, str]
+) -> None:
+    command = ["segment", photo, "-o", str(tmp_path / "a.png"), *options(networks), *more]
+    assert main([*command, "--overlay", str(tmp_path / "b.png")]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_segment_bad_input(
+    photo: str, tmp_path: Path, networks: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, text = tmp_path / "broken.jpg", tmp_path / "text.jpg"
+    broken.write_bytes(Path(photo).read_bytes()[:1000])
+    text.write_text("no image")
+    before = sorted(tmp_path.iterdir())
+
+    def command(image: object, *more: object) -> list[object]:
+        return ["segment", image, "-o", tmp_path / "out.png", *options(networks), *more]
+
+    assert "gone.jpg: there is no such image file" in fails(capsys, *command("gone.jpg"))
+    for bad in (broken, text):
+        assert f"{bad}: expected an image file" in fails(capsys, *command(bad))
+    assert "no weights at gone.safetensors" in fails(
+        capsys, *command(photo, "--fcn", "gone.safetensors")
+    )
+    assert "no weights named 'gone'" in fails(capsys, *command(photo, "--fcn", "gone"))
+    assert "not a whole safetensors file" in fails(capsys, *command(photo, "--fcn", text))
+    assert "got neither" in fails(capsys, *command(photo, "--fcn", "none", "--deconvnet", "none"))
+    assert "num_proposals must be at least 0" in fails(
+        capsys, *command(photo, "--num-proposals", -1)
+    )
+    assert "gone.yml.gz" in fails(capsys, *command(photo, "--edge-model", "gone.yml.gz"))
+    assert "'out.jpg' must end in .png" in refused(capsys, "segment", photo, "-o", "out.jpg")
+    assert "must end in .png" in refused(capsys, *command(photo, "--overlay", "o.gif"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_networks_of_different_classes(
+    photo: str, tmp_path: Path, networks: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_model(FCN8s(FCNConfig(2, **SIZES, fc_kernel=3, input_size=32)), other)
+    message = fails(
+        capsys, "segment", photo, "-o", tmp_path / "out.png", *options(networks), "--fcn", other
+    )
+    assert "must know the same classes, got 13 and 2" in message
+
+
+# evaluate
+
+
+def test_evaluate(
+    shapes_root: Path, tmp_path: Path, networks: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results" / "run.json"
+    command = [
+        "evaluate", "--data", str(shapes_root), "--limit", "2", "--num-proposals", "2", "--quiet",
+        "--cache", str(tmp_path / "cache"), "--out", str(out), *options(networks),
+    ]  # fmt: skip
+    assert main(command) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["fcn", "deconvnet", "ensemble", "crf"]
+    run = json.loads(out.read_text())
+    assert (run["dataset"], run["split"], run["images"], run["seed"]) == ("shapes", "val", 2, 0)
+    assert list(run["methods"]) == ["fcn", "deconvnet", "ensemble", "crf"]
+    for line, summary in zip(printed, run["methods"].values()):
+        assert f"{summary['miou']:.2f}" in line
+    assert run["inference"]["num_proposals"] == 2
+    assert run["weights"]["deconvnet"]["stage"] == "2"
+    assert {"command", "commit", "machine", "versions", "finished"} <= run.keys()
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
+
+
+def test_evaluate_whole_images_without_proposals(
+    shapes_root: Path,
+    networks: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "compute_proposals", None)  # must not be called
+    command = ["evaluate", "--data", str(shapes_root), "--limit", "1", "--quiet", "--no-crf"]
+    assert main([*command, "--whole", "--fcn", "none", *options(networks)[:2]]) == 0
+    assert main([*command, "--deconvnet", "none", *options(networks)[2:]]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["deconvnet", "fcn"]
+
+
+def test_evaluate_bad_input(
+    shapes_root: Path, tmp_path: Path, networks: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run.json"
+    command = ["evaluate", "--data", shapes_root, "--out", out, *options(networks), "--quiet"]
+    assert "test.txt" in fails(capsys, *command, "--split", "test")
+    assert "limit must be at least 1" in fails(capsys, *command, "--limit", 0)
+    other = tmp_path / "other"
+    shutil.copytree(shapes_root, other)
+    names = list(CLASS_NAMES)
+    command[2] = other
+    for classes in (names[:-1], [*names, "extra"], [*names[:-1], "renamed"]):
+        (other / "classes.txt").write_text("\n".join(classes) + "\n")
+        message = fails(capsys, *command)
+        assert f"other: has the {len(classes)} classes background" in message
+        assert "the weights know 13: background" in message
+    (other / "classes.txt").write_text("\n".join(names) + "\n")
+    (other / "SegmentationClass/val_000000.png").write_bytes(b"")
+    assert "val_000000.png: expected an image file" in fails(capsys, *command, "--limit", 1)
+    assert not out.exists()
+
+
+# proposals
+
+
+def test_proposals_of_an_image(
+    photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["proposals", photo]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    expected = edge_boxes(read_image(photo), recipes.tiny().edge_boxes)
+    assert torch.equal(torch.tensor(printed["boxes"]), expected.boxes)
+    assert torch.equal(torch.tensor(printed["scores"]), expected.scores)
+    out = tmp_path / "boxes.json"
+    assert main(["proposals", photo, "-o", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert json.loads(out.read_text()) == printed
+
+
+def test_proposals_of_a_data_set(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["proposals", "--data", shapes_root, "--cache", tmp_path, "--limit", 2]
+    command = [str(a) for a in (*command, "--workers", 1, "--quiet")]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert text.endswith(f" boxes of 2 images in {tmp_path}\n")
+    assert int(text.split()[0]) > 100
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    assert main(command) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_proposals_bad_input(
+    photo: str, shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "either an image or --data" in fails(capsys, "proposals")
+    assert "either an image or --data" in fails(capsys, "proposals", photo, "--data", shapes_root)
+    assert "--data needs --cache" in fails(capsys, "proposals", "--data", shapes_root)
+    command = ["proposals", "--data", shapes_root, "--cache", tmp_path / "cache", "--quiet"]
+    assert "workers must be at least 1" in fails(capsys, *command, "--workers", -1)
+    assert "gone.yml.gz" in fails(capsys, "proposals", photo, "--edge-model", "gone.yml.gz")
+    assert "is a directory" in fails(capsys, "proposals", photo, "-o", tmp_path).lower()
+
+
+# demo, and the weights that ship
+
+
+def shipped(monkeypatch: pytest.MonkeyPatch, networks: dict[str, str], folder: Path) -> None:
+    for name, path in networks.items():
+        shutil.copy(path, folder / f"shapes-{name}.safetensors")
+    monkeypatch.setattr(weights, "SHIPPED", folder)
+
+
+def test_demo(
+    tmp_path: Path,
+    networks: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shipped(monkeypatch, networks, tmp_path)
+    out = tmp_path / "pipeline.png"
+    assert main(["demo", "-o", str(out), "--scene", "1", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    _, height, width = read_image(out).shape
+    assert width > 2 * height > 200
+    assert "must end in .png" in refused(capsys, "demo", "-o", "demo.pdf")
+
+
+def test_shipped_weights_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    message = fails(capsys, "demo", "-o", tmp_path / "demo.png")
+    assert "no weights named 'shapes-deconvnet'" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_shipped
+def test_segment_with_the_shipped_weights(
+    shapes_root: Path, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Straight after installing: the labels are mostly right, with nothing but defaults."""
+    assert main(["segment", photo, "-o", str(tmp_path / "labels.png")]) == 0
+    assert "background" in capsys.readouterr().out
+    dataset = VOCDataset(shapes_root, "val", limit=1)
+    labels, truth = read_label_map(tmp_path / "labels.png", 13), dataset.labels(0)
+    counts = truth != 255
+    accuracy = (labels == truth)[counts].float().mean().item()
+    nothing = (truth == 0)[counts].float().mean().item()
+    assert accuracy > max(0.8, nothing)
+
+
+@needs_shipped
+def test_shipped_weights_are_small_and_know_their_use() -> None:
+    assert sum(path.stat().st_size for path in SHIPPED_FILES) < 8e6
+    for path in SHIPPED_FILES:
+        metadata = load_model(path).metadata
+        assert metadata["class_names"] == list(CLASS_NAMES)
+        assert metadata["settings"].keys() == {"config", "edge_boxes", "crf"}

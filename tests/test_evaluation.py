@@ -1,0 +1,205 @@
+"""Scores against a confusion matrix counted by hand; records that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deconvnet import evaluation
+from deconvnet.evaluation import (
+    BOUNDARY_WIDTH,
+    Score,
+    evaluate,
+    read_log,
+    record,
+    stage_labels,
+)
+from deconvnet.inference import Prediction
+from deconvnet.metrics import boundary_band
+from deconvnet.voc import Sample, VOCDataset
+
+
+@pytest.fixture(scope="module")
+def dataset(shapes_root: Path) -> VOCDataset:
+    return VOCDataset(shapes_root, "val")
+
+
+def guess(i: int, sample: Sample) -> dict[str, Tensor]:
+    """Two methods: nothing but background, and the truth shifted by two pixels."""
+    truth = torch.where(sample.labels == 255, 0, sample.labels)
+    return {"nothing": torch.zeros_like(truth), "shifted": truth.roll(2, dims=1)}
+
+
+def counted(dataset: VOCDataset, method: str, near: bool = False, limit: int = 6) -> np.ndarray:
+    matrix = np.zeros((13, 13), np.int64)
+    for i in range(limit):
+        sample = dataset[i]
+        target, prediction = sample.labels.numpy(), guess(i, sample)[method].numpy()
+        counts = target != 255
+        if near:
+            counts &= boundary_band(sample.labels, BOUNDARY_WIDTH).numpy()
+        np.add.at(matrix, (target[counts], prediction[counts]), 1)
+    return matrix
+
+
+def test_evaluate_counts_over_the_whole_data_set(dataset: VOCDataset) -> None:
+    scores = evaluate(guess, dataset, progress=False)
+    assert list(scores) == ["nothing", "shifted"]
+    for method, score in scores.items():
+        assert np.array_equal(score.overall.matrix.numpy(), counted(dataset, method))
+        assert np.array_equal(score.boundary.matrix.numpy(), counted(dataset, method, near=True))
+    summary = scores["shifted"].summary(dataset.class_names)
+    matrix = counted(dataset, "shifted")
+    with np.errstate(invalid="ignore"):
+        iou = 100 * np.diag(matrix) / (matrix.sum(0) + matrix.sum(1) - np.diag(matrix))
+    assert summary["miou"] == pytest.approx(np.nanmean(iou), abs=0.005)
+    accuracy = 100 * np.trace(matrix) / matrix.sum()
+    assert summary["pixel_accuracy"] == pytest.approx(accuracy, abs=0.005)
+    near = counted(dataset, "shifted", near=True)
+    accuracy = 100 * np.trace(near) / near.sum()
+    assert summary["boundary_accuracy"] == pytest.approx(accuracy, abs=0.005)
+    for name, expected in zip(dataset.class_names, iou, strict=True):
+        found = summary["per_class_iou"][name]
+        assert found is None if math.isnan(expected) else abs(found - expected) <= 0.005
+
+
+def test_truth_scores_100(dataset: VOCDataset) -> None:
+    def truth(i: int, sample: Sample) -> dict[str, Tensor]:
+        return {"truth": torch.where(sample.labels == 255, 7, sample.labels)}
+
+    summary = evaluate(truth, dataset, progress=False)["truth"].summary(dataset.class_names)
+    for figure in ("miou", "pixel_accuracy", "boundary_accuracy", "boundary_miou"):
+        assert summary[figure] == 100
+
+
+def test_limit(dataset: VOCDataset) -> None:
+    scores = evaluate(guess, dataset, limit=2, progress=False)
+    assert np.array_equal(
+        scores["shifted"].overall.matrix.numpy(), counted(dataset, "shifted", limit=2)
+    )
+
+
+def test_bad_predictions_and_data_sets(dataset: VOCDataset) -> None:
+    with pytest.raises(ValueError, match="same shape"):
+        evaluate(lambda i, s: {"m": s.labels[1:]}, dataset, progress=False)
+    with pytest.raises(ValueError, match="label 13"):
+        evaluate(lambda i, s: {"m": torch.full_like(s.labels, 13)}, dataset, progress=False)
+
+
+class Empty:
+    root, split = "nowhere", "test"
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_empty_data_set() -> None:
+    with pytest.raises(ValueError, match="nowhere: split 'test' has no images"):
+        evaluate(guess, Empty())
+
+
+def test_nothing_to_count_is_null_not_nan() -> None:
+    score = Score(2)
+    score.update(torch.zeros(4, 4, dtype=torch.uint8), torch.full((4, 4), 255, dtype=torch.uint8))
+    summary = score.summary(["background", "thing"])
+    assert summary["miou"] is None
+    assert summary["per_class_iou"] == {"background": None, "thing": None}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_stage_labels_leaves_absent_stages_out() -> None:
+    maps = torch.eye(3).view(3, 3, 1).expand(3, 3, 2)
+    image = torch.zeros(3, 3, 2, dtype=torch.uint8)
+    prediction = Prediction(
+        image, maps.argmax(0).byte(), maps, fcn_probabilities=maps, crf_probabilities=maps.flip(0)
+    )
+    found = stage_labels(prediction)
+    assert list(found) == ["fcn", "crf"]
+    assert found["fcn"].dtype == torch.uint8
+    assert found["fcn"].tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert found["crf"].tolist() == [[2, 2], [1, 1], [0, 0]]
+
+
+# Records
+
+
+def test_record_says_how_to_repeat_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/venv/bin/deconvnet", "evaluate", "--data", "my data"])
+    path = tmp_path / "new" / "run.json"
+    written = record(path, miou=12.5, seed=0)
+    assert json.loads(path.read_text()) == written
+    assert (written["miou"], written["seed"]) == (12.5, 0)
+    assert written["command"] == "deconvnet evaluate --data 'my data'"
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["versions"]["python"] == sys.version.split()[0]
+    assert written["machine"]["threads"] == torch.get_num_threads()
+    assert written["machine"]["cpu"]
+    assert written["finished"].endswith("+00:00")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/opt/bin/deconvnet", "demo"], "deconvnet demo"),
+        (["/opt/lib/deconvnet/__main__.py", "demo"], "deconvnet demo"),
+        (["benchmarks/ladder.py", "--seeds", "0"], "python benchmarks/ladder.py --seeds 0"),
+        (["HERE/benchmarks/ladder.py"], "python benchmarks/ladder.py"),
+        (["/elsewhere/deconvnet/ladder.py"], "python ladder.py"),
+        (["/opt/bin/deconvnet", "/a/b/data/shapes/x"], "deconvnet data/shapes/x"),
+    ],
+)
+def test_command(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = [a.replace("HERE", str(Path.cwd())) for a in argv]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert evaluation.command() == expected
+
+
+def test_failed_record_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    record(path, miou=1.0)
+    before = path.read_bytes()
+    for bad in (object(), float("nan")):
+        with pytest.raises((TypeError, ValueError)):
+            record(path, miou=bad)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_commit_is_gits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = Path(evaluation.__file__).parent
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    if head.returncode == 0:
+        assert evaluation.commit().removesuffix("-dirty") == head.stdout.strip()
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert evaluation.commit() is None
+
+
+def test_package_inside_anothers_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for command in ("init -q", "-c user.name=n -c user.email=e commit -q --allow-empty -m m"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    installed = tmp_path / "site-packages/deconvnet/evaluation.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(evaluation, "__file__", str(installed))
+    assert evaluation.commit() is None
+
+
+def test_read_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("iteration,loss,validation\r\n20,1.5,\r\n40,1.25,0.5\r\n")
+    assert read_log(path) == [
+        {"iteration": 20.0, "loss": 1.5, "validation": None},
+        {"iteration": 40.0, "loss": 1.25, "validation": 0.5},
+    ]

@@ -1,0 +1,201 @@
+"""The recipes' numbers against the paper's tables, and what they build."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deconvnet import recipes
+from deconvnet.fcn import FCN8s
+from deconvnet.instances import balanced_indices
+from deconvnet.model import DeconvNet
+from deconvnet.proposals import Proposals
+from deconvnet.recipes import RECIPES, STAGES, Recipe, make_network, stage_crops, train_stage
+from deconvnet.training import StageConfig
+from deconvnet.voc import VOCDataset
+
+every_recipe = pytest.mark.parametrize("make", RECIPES.values(), ids=RECIPES)
+
+
+@pytest.fixture(scope="module")
+def dataset(shapes_root: Path) -> VOCDataset:
+    return VOCDataset(shapes_root, "train", decode_cache=True)
+
+
+@pytest.fixture(scope="module")
+def proposals(dataset: VOCDataset) -> list[Proposals]:
+    """The objects' own boxes and one that fits nothing."""
+    nowhere = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    every = []
+    for i in range(len(dataset)):
+        boxes = torch.tensor([a.box for a in dataset.annotations(i)]).view(-1, 4)
+        boxes = torch.cat([boxes, nowhere])
+        every.append(Proposals(boxes, torch.linspace(1, 0, len(boxes))))
+    return every
+
+
+# The paper's and the release's settings
+
+
+@pytest.mark.parametrize(("stage", "iterations", "step"), [(1, 20_000, 9_000), (2, 40_000, 10_000)])
+def test_stages_are_those_of_the_paper(stage: int, iterations: int, step: int) -> None:
+    release, paper = StageConfig.release(stage), StageConfig.paper(stage)
+    assert release.iterations == iterations
+    assert (release.schedule, release.step_size, release.drop) == ("step", step, 0.1)
+    assert (release.batch_size, release.micro_batch) == (64, 8)
+    assert (release.optimizer, release.momentum, release.weight_decay) == ("sgd", 0.9, 0.0005)
+    assert (release.learning_rate, release.bias_rate, release.encoder_rate) == (0.01, 2.0, 1.0)
+    assert (release.warmup, release.frozen_blocks, release.minutes) == (0, 0, None)
+    assert paper.schedule == "plateau"
+    assert replace(paper, schedule="step") == release
+    assert getattr(recipes.voc2012(), f"stage{stage}") == paper
+
+
+def test_voc2012_is_the_papers_size() -> None:
+    recipe = recipes.voc2012()
+    with torch.device("meta"):
+        model = make_network(recipe, "1", 21)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == pytest.approx(251.8e6, rel=1e-3)
+    crops = recipe.instances
+    assert (crops.context, crops.resize, crops.crop, crops.min_overlap) == (1.2, 250, 224, 0.5)
+    assert crops.flip
+    assert not crops.square
+    assert (recipe.inference.num_proposals, recipe.inference.convention) == (50, "paper")
+    assert recipe.edge_boxes.max_boxes == 2000
+    assert recipe.balance == 1.0
+
+
+# What a recipe builds
+
+
+@every_recipe
+@pytest.mark.parametrize("stage", STAGES)
+def test_crops_fit_their_network(
+    make: Callable[[], Recipe], stage: str, dataset: VOCDataset, proposals: list[Proposals]
+) -> None:
+    recipe = make()
+    with torch.device("meta"):
+        model = make_network(recipe, stage, dataset.num_classes)
+    assert isinstance(model, FCN8s if stage == "fcn" else DeconvNet)
+    assert model.config.num_classes == 13
+    for training in (True, False):
+        crops = stage_crops(recipe, stage, dataset, proposals, training, seed=3)
+        assert crops.train == training
+        assert crops.config.seed == 3
+        image, labels = crops[0]
+        size = model.config.input_size
+        assert (image.shape, labels.shape) == ((3, size, size), (size, size))
+        assert image.dtype == labels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("stage", ["fcn", "1"])
+def test_tiny_networks_score_their_crops(stage: str, dataset: VOCDataset) -> None:
+    recipe = recipes.tiny()
+    crops = stage_crops(recipe, stage, dataset)
+    images = torch.stack([crops[i][0] for i in range(2)])
+    size = images.shape[-1]
+    with torch.no_grad():
+        scores = make_network(recipe, stage, 13).eval()(images)
+    assert scores.shape == (2, 13, size, size)
+    assert scores.isfinite().all()
+
+
+def test_stage_2_learns_from_proposals_near_objects(
+    dataset: VOCDataset, proposals: list[Proposals]
+) -> None:
+    crops = stage_crops(recipes.tiny(), "2", dataset, proposals)
+    objects = [a for i in range(len(dataset)) for a in dataset.annotations(i) if not a.difficult]
+    assert len(crops) >= len(objects)
+    assert len(crops) < sum(len(p.boxes) for p in proposals)
+    with pytest.raises(ValueError, match="stage 2 learns from proposals"):
+        stage_crops(recipes.tiny(), "2", dataset)
+
+
+def test_vgg_weights_reach_the_encoder(dataset: VOCDataset) -> None:
+    recipe = recipes.compact()
+    generator = torch.Generator().manual_seed(0)
+    weights, channels, index = {}, 3, 0
+    for block in zip(recipe.model.widths, recipe.model.encoder_depths):
+        for _ in range(block[1]):
+            shape = (block[0], channels, 3, 3)
+            weights[f"features.{index}.weight"] = torch.randn(shape, generator=generator) * 0.05
+            weights[f"features.{index}.bias"] = torch.zeros(block[0])
+            index, channels = index + 2, block[0]
+        index += 1
+    crops = recipes.calibration_crops(stage_crops(recipe, "1", dataset), count=2)
+    assert crops.shape == (2, 3, 96, 96)
+    model = make_network(recipe, "1", 13, weights, crops)
+    convolution, norm, _ = model.encoder.blocks[0][0]
+    assert torch.equal(convolution.weight, weights["features.0.weight"])
+    # Calibrated: on these crops batch norm changes nothing, so the encoder is plain VGG's.
+    with torch.no_grad():
+        x = convolution(model.normalise(crops))
+        torch.testing.assert_close(norm.eval()(x), x, atol=1e-2, rtol=1e-3)
+
+
+def test_unknown_stage_is_refused(dataset: VOCDataset) -> None:
+    for call in (
+        lambda: make_network(recipes.tiny(), "3", 13),
+        lambda: stage_crops(recipes.tiny(), "3", dataset),
+        lambda: recipes.default_settings(recipes.tiny(), "3"),
+    ):
+        with pytest.raises(ValueError, match=r"stage must be one of \('fcn', .*got '3'"):
+            call()
+
+
+# Training by recipe
+
+
+def test_each_stage_has_its_settings() -> None:
+    recipe = recipes.tiny()
+    for stage in STAGES:
+        expected = recipe.stage2 if stage == "2" else recipe.stage1
+        assert recipes.default_settings(recipe, stage) == expected
+
+
+def test_train_stage_passes_on_what_the_recipe_says(
+    dataset: VOCDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, calls = recipes.tiny(), []
+    monkeypatch.setattr(recipes, "train", lambda *a, **k: calls.append((a, k)))
+    crops = stage_crops(recipe, "1", dataset)
+    settings = replace(recipe.stage1, seed=4)
+    train_stage(recipe, "1", None, crops, tmp_path, crops, settings, device="cpu")
+    train_stage(recipe, "2", None, crops, tmp_path)
+    (given, options), (defaults, without) = calls
+    assert given == (None, crops, settings, tmp_path)
+    assert options["device"] == "cpu"
+    assert options["validate"].keywords["dataset"] is crops
+    expected = balanced_indices(crops.example_labels, 4, recipe.balance)
+    assert torch.equal(options["indices"], expected)
+    assert defaults[2] == recipe.stage2
+    assert without["validate"] is None
+
+
+def test_paper_schedule_needs_validation_crops(dataset: VOCDataset, tmp_path: Path) -> None:
+    recipe = replace(recipes.tiny(), stage1=StageConfig.paper(1))
+    model = make_network(recipe, "1", 13)
+    with pytest.raises(ValueError, match="needs the validate argument"):
+        train_stage(recipe, "1", model, stage_crops(recipe, "1", dataset), tmp_path, device="cpu")
+
+
+@every_recipe
+def test_weights_say_how_they_are_used(make: Callable[[], Recipe], dataset: VOCDataset) -> None:
+    name = next(n for n, m in RECIPES.items() if m is make)
+    facts = json.loads(json.dumps(recipes.facts(name, "1", dataset, 5)))
+    assert facts["class_names"] == list(dataset.class_names)
+    assert (facts["recipe"], facts["stage"], facts["seed"]) == (name, "1", 5)
+    recipe = make()
+    for kind, config in (
+        ("config", recipe.inference),
+        ("edge_boxes", recipe.edge_boxes),
+        ("crf", recipe.crf),
+    ):
+        assert type(config)(**facts["settings"][kind]) == config
+        assert facts["settings"][kind] == asdict(config)
