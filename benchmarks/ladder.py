@@ -2,9 +2,10 @@
 
     python benchmarks/ladder.py --seeds 0 1 2
 
-For each seed: FCN-8s, DeconvNet on whole images, stage 1 and stage 2 are trained for the same
-number of crops, then judged on the same validation scenes with one proposal set. One file a
-seed is written to results/; a stopped run goes on where it was.
+For each seed a classifier gives all networks their encoder, as ImageNet's does in the paper. Then
+FCN-8s, DeconvNet on whole images, stage 1 and stage 2 are trained for the same number of crops,
+and judged on the same validation scenes with the same proposals. One file a seed is written to
+results/; a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from deconvnet.inference import Predictor
 from deconvnet.proposals import compute_proposals
 from deconvnet.shapes import write_shapes
 from deconvnet.voc import VOCDataset
-from deconvnet.weights import load_model, save_model
+from deconvnet.weights import SHIPPED, load_model, save_model
 
 METHODS = {
     "fcn": "FCN-8s",
@@ -43,7 +44,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--train", type=int, default=2500, help="training scenes")
     parser.add_argument("--val", type=int, default=200, help="validation scenes")
-    parser.add_argument("--iterations", type=int, default=640, help="updates a stage (640)")
+    parser.add_argument("--iterations", type=int, help="updates a stage (the recipe's)")
+    parser.add_argument("--ship", action="store_true", help="put seed 0 into the package")
     options = parser.parse_args()
 
     recipe = recipes.tiny()
@@ -57,6 +59,11 @@ def main() -> None:
     for seed in options.seeds:
         runs = options.runs / f"shapes-seed{seed}"
         networks = train_networks(recipe, train, val, boxes, runs, seed, options.iterations)
+        if options.ship and seed == 0:
+            for stage, name in (("2", "deconvnet"), ("fcn", "fcn")):
+                facts = recipes.facts("tiny", stage, train, seed)
+                path = SHIPPED / f"shapes-{name}.safetensors"
+                save_model(networks[stage], path, facts, torch.float16)
         scores = evaluate(ladder(recipe, networks, boxes["val"]), val)
         record(
             options.results / f"shapes-seed{seed}.json",
@@ -77,17 +84,14 @@ def main() -> None:
 
 
 def train_networks(recipe, train, val, boxes, runs, seed, iterations=None):
-    """Trains the four networks, or loads those that were trained before."""
+    """Trains the networks, or loads those that were trained before."""
     networks = {}
     for stage in recipes.STAGES:
         path = runs / stage / "weights.safetensors"
         if not path.exists():
             torch.manual_seed(seed)
-            model = (
-                load_model(runs / "1" / "weights.safetensors")
-                if stage == "2"
-                else recipes.make_network(recipe, stage, train.num_classes)
-            )
+            start = networks.get({"classify": None, "2": "1"}.get(stage, "classify"))
+            model = recipes.make_network(recipe, stage, train.num_classes, start=start)
             settings = replace(recipes.default_settings(recipe, stage), seed=seed)
             if iterations is not None:
                 settings = replace(settings, iterations=iterations)

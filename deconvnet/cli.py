@@ -19,6 +19,7 @@ from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_l
 from deconvnet.files import atomic_write
 from deconvnet.inference import InferenceConfig, Predictor
 from deconvnet.instances import CropDataset
+from deconvnet.model import ModelConfig
 from deconvnet.plotting import overlay, show_prediction
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, compute_proposals, edge_boxes
 from deconvnet.shapes import make_scene, write_shapes
@@ -104,7 +105,8 @@ def parser() -> argparse.ArgumentParser:
         "train",
         run_train,
         "Train FCN-8s, or DeconvNet on whole images or in two stages.",
-        "--data data/shapes --recipe tiny --stage 1 --out runs/stage1",
+        "--data data/shapes --stage classify --out runs/classify",
+        "--data data/shapes --stage 1 --init runs/classify/weights.safetensors --out runs/stage1",
         "--data data/shapes --recipe tiny --stage 2 --init runs/stage1/weights.safetensors "
         "--out runs/stage2",
         "--data VOCdevkit/VOC2012 --recipe voc2012 --stage 1 --vgg16 vgg16 --out runs/voc-stage1",
@@ -303,19 +305,25 @@ def _network_to_train(
     if options.init is None:
         calibration = recipes.calibration_crops(crops) if recipe.calibrate else None
         return recipes.make_network(recipe, options.stage, num_classes, options.vgg16, calibration)
-    model = load_model(options.init)
+    start = load_model(options.init)
     wanted = recipe.fcn if options.stage == "fcn" else recipe.model
     for what, found, expected in (
-        ("a network with", type(model.config).__name__, type(wanted).__name__),
-        ("classes:", model.config.num_classes, num_classes),
-        ("crops in pixels:", model.config.input_size, wanted.input_size),
+        ("an encoder of widths", start.config.widths, wanted.widths),
+        ("classes:", start.config.num_classes, num_classes),
+        # fc6 fits one size of crop; an FCN-8s takes nothing but the encoder
+        ("crops in pixels:", *_crop_sizes(start, wanted)),
     ):
         if found != expected:
             raise ValueError(
                 f"{options.init}: expected {what} {expected} for stage {options.stage} of recipe "
                 f"{options.recipe} on {options.data}, got {found}"
             )
-    return model
+    return recipes.make_network(recipe, options.stage, num_classes, start=start)
+
+
+def _crop_sizes(start: nn.Module, wanted: object) -> tuple[int, int]:
+    whole = isinstance(start.config, ModelConfig) and isinstance(wanted, ModelConfig)
+    return (start.config.input_size, wanted.input_size) if whole else (0, 0)
 
 
 def run_segment(options: argparse.Namespace) -> None:

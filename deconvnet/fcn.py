@@ -55,7 +55,7 @@ class FCNConfig:
             widths=(16, 32, 64, 96, 128),
             fc_width=256,
             fc_kernel=3,
-            input_size=128,
+            input_size=96,
             dropout=0.1,
         )
 

@@ -47,7 +47,7 @@ class ClassifiedCrops(Dataset):
     """
 
     def __init__(self, crops: CropDataset) -> None:
-        self.crops = crops
+        self.crops, self.dataset = crops, crops.dataset
         self.example_labels = crops.example_labels
 
     def __len__(self) -> int:

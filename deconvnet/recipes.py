@@ -27,13 +27,15 @@ from deconvnet.instances import (
     balanced_indices,
 )
 from deconvnet.model import DeconvNet, ModelConfig
+from deconvnet.pretraining import ClassifiedCrops, CropClassifier
 from deconvnet.proposals import EdgeBoxesConfig, Proposals
 from deconvnet.training import StageConfig, crop_loss, train
 from deconvnet.voc import VOCDataset
 from deconvnet.weights import calibrate_batch_norm, load_vgg16
 
-STAGES = ("fcn", "whole", "1", "2")
-"""What can be trained: FCN-8s, DeconvNet on whole images, and the paper's two stages."""
+STAGES = ("classify", "fcn", "whole", "1", "2")
+"""What can be trained: a classifier to start from where there are no ImageNet weights, FCN-8s,
+DeconvNet on whole images, and the paper's two stages."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Recipe:
     instances: InstanceConfig
     stage1: StageConfig  # also for DeconvNet on whole images, and for FCN-8s
     stage2: StageConfig
+    classify: StageConfig | None = None  # for networks that don't start from ImageNet
     inference: InferenceConfig = InferenceConfig()
     edge_boxes: EdgeBoxesConfig = EdgeBoxesConfig()
     crf: CRFConfig = CRFConfig()
@@ -54,13 +57,14 @@ class Recipe:
 
 def tiny() -> Recipe:
     """Minutes on a CPU, for the embedded shapes data: 64 px crops."""
-    small = StageConfig.small(iterations=1_500)
+    small = StageConfig.small(iterations=600)
     return Recipe(
         model=ModelConfig.tiny(),
         fcn=FCNConfig.tiny(),
         instances=InstanceConfig.tiny(),
+        classify=replace(small, iterations=1_000, learning_rate=2e-3),
         stage1=small,
-        stage2=replace(small, learning_rate=1e-3),
+        stage2=small,
         # float32: small enough to be fast in it, and the same on every CPU
         inference=InferenceConfig(batch_size=50, precision="float32"),
         edge_boxes=EdgeBoxesConfig.tiny(),
@@ -117,6 +121,7 @@ def make_network(
     num_classes: int,
     vgg16: str | Path | None = None,
     calibration: Tensor | None = None,
+    start: nn.Module | None = None,
 ) -> nn.Module:
     """Builds the network that a stage trains, with ImageNet weights if they are given.
 
@@ -126,6 +131,8 @@ def make_network(
         num_classes: Classes of the data, the background included.
         vgg16: See :func:`deconvnet.weights.load_vgg16`; ``None`` starts from nothing.
         calibration: Typical crops ``uint8 [N, 3, S, S]`` for recipes that calibrate batch norm.
+        start: A network of the same recipe to start from. A DeconvNet is copied whole, except
+            that an FCN-8s takes only its encoder.
     """
     _check_stage(stage)
     if stage == "fcn":
@@ -136,6 +143,10 @@ def make_network(
         load_vgg16(model, vgg16)
         if recipe.calibrate and calibration is not None:
             calibrate_batch_norm(model, calibration)
+    if start is not None:
+        whole = type(start) is type(model)
+        source, target = (start, model) if whole else (start.encoder, model.encoder)
+        target.load_state_dict(source.state_dict())
     return model
 
 
@@ -146,7 +157,7 @@ def stage_crops(
     proposals: Sequence[Proposals] | None = None,
     training: bool = True,
     seed: int = 0,
-) -> CropDataset:
+) -> CropDataset | ClassifiedCrops:
     """Returns the crops that a stage learns from, or validates on.
 
     Args:
@@ -164,8 +175,9 @@ def stage_crops(
         return WindowDataset(dataset, replace(config, crop=size, resize=size), training)
     if stage == "whole":
         return WholeImageDataset(dataset, config, training)
-    if stage == "1":
-        return Stage1Dataset(dataset, config, training)
+    if stage in ("1", "classify"):
+        crops = Stage1Dataset(dataset, config, training)
+        return ClassifiedCrops(crops) if stage == "classify" else crops
     if proposals is None:
         raise ValueError("stage 2 learns from proposals: pass one Proposals for every image")
     return Stage2Dataset(dataset, proposals, config, training)
@@ -175,9 +187,9 @@ def train_stage(
     recipe: Recipe,
     stage: str,
     model: nn.Module,
-    crops: CropDataset,
+    crops: CropDataset | ClassifiedCrops,
     run_dir: str | Path,
-    validation: CropDataset | None = None,
+    validation: CropDataset | ClassifiedCrops | None = None,
     settings: StageConfig | None = None,
     **options,
 ) -> nn.Module:
@@ -194,8 +206,8 @@ def train_stage(
         **options: Further arguments of :func:`deconvnet.training.train`.
     """
     settings = settings or default_settings(recipe, stage)
-    return train(
-        model,
+    train(
+        CropClassifier(model) if stage == "classify" else model,
         crops,
         settings,
         run_dir,
@@ -203,11 +215,16 @@ def train_stage(
         validate=None if validation is None else partial(crop_loss, dataset=validation),
         **options,
     )
+    return model
 
 
 def default_settings(recipe: Recipe, stage: str) -> StageConfig:
     """Returns the solver settings that a recipe has for a stage."""
     _check_stage(stage)
+    if stage == "classify":
+        if recipe.classify is None:
+            raise ValueError("this recipe starts from ImageNet weights; pass vgg16 instead")
+        return recipe.classify
     return recipe.stage2 if stage == "2" else recipe.stage1
 
 

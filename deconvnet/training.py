@@ -107,7 +107,7 @@ class StageConfig:
             batch_size=32,
             micro_batch=32,
             optimizer="adamw",
-            learning_rate=2e-3,
+            learning_rate=1e-3,
             bias_rate=1.0,
             weight_decay=0.01,
             schedule="poly",
