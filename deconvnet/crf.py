@@ -16,7 +16,7 @@ Potentials*, NIPS 2011. Parameters mean what they mean in ``pydensecrf``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,7 @@ from deconvnet.permutohedral import PermutohedralLattice
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 METHODS = ("auto", "exact", "lattice")
 Filter = Callable[[Tensor], Tensor]  # values [N, C] to sums over all points [N, C]
-# Up to this many pixels the exact sums take less than a second on a CPU.
-MAX_EXACT_PIXELS = 64 * 64
+MAX_EXACT_PIXELS = 50 * 50  # up to here exact inference takes well under a second on a CPU
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -155,7 +154,7 @@ def position_features(height: int, width: int, sigma: float) -> Tensor:
 
 
 class ExactFilter:
-    """Sums over all pairs of points, a block of rows at a time: the reference, in quadratic time.
+    """Sums over all pairs of points, in quadratic time: the reference.
 
     Args:
         features: float ``[N, d]``, each feature divided by its standard deviation.
@@ -163,17 +162,19 @@ class ExactFilter:
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
+        # A large kernel matrix would not fit into memory, so its rows are computed anew each time.
+        self._kept_rows = list(self._rows()) if len(features) <= MAX_EXACT_PIXELS else None
 
     def __call__(self, values: Tensor) -> Tensor:
         """Return ``sum_j exp(-0.5 * ||f_i - f_j||^2) * values_j`` for values ``[N, C]``."""
-        features = self.features.to(values)
-        rows = max(1, 2**22 // len(features))
-        # Distances by way of a matrix product would lose digits to cancellation.
-        distances = (
-            torch.cdist(block, features, compute_mode="donot_use_mm_for_euclid_dist")
-            for block in features.split(rows)
-        )
-        return torch.cat([(-0.5 * block**2).exp() @ values for block in distances])
+        return torch.cat([rows @ values for rows in self._kept_rows or self._rows()])
+
+    def _rows(self) -> Iterator[Tensor]:
+        for block in self.features.split(max(1, 2**20 // len(self.features))):
+            # Distances by way of a matrix product would lose digits to cancellation.
+            precise = "donot_use_mm_for_euclid_dist"
+            distance = torch.cdist(block, self.features, compute_mode=precise)
+            yield distance.square_().mul_(-0.5).exp_()
 
 
 class GridGaussian:
@@ -288,23 +289,22 @@ def pairwise_kernels(
     _check_choice("method", method, METHODS)
     size = image.shape[1:]
     exact = method == "exact" or (method == "auto" and size.numel() <= MAX_EXACT_PIXELS)
-    filters: list[tuple[Filter, float]] = []
+    ones = torch.ones(size.numel(), 1, dtype=dtype, device=image.device)
+    kernels = []
+
+    def add(filter: Filter, weight: float) -> None:
+        kernel = PairwiseKernel(filter, weight, ones, config.normalization, config.self_message)
+        kernels.append(kernel)
+
     if config.gaussian_weight:
         sigma = config.gaussian_sigma
-        if exact:
-            gaussian: Filter = ExactFilter(position_features(*size, sigma))
-        else:
-            gaussian = GridGaussian(*size, sigma)
-        filters.append((gaussian, config.gaussian_weight))
+        positions = position_features(*size, sigma).to(ones)
+        add(ExactFilter(positions) if exact else GridGaussian(*size, sigma), config.gaussian_weight)
     if config.bilateral_weight:
         features = bilateral_features(image, config.bilateral_sigma, config.bilateral_sigma_rgb)
-        bilateral = (ExactFilter if exact else PermutohedralLattice)(features.to(dtype))
-        filters.append((bilateral, config.bilateral_weight))
-    ones = torch.ones(size.numel(), 1, dtype=dtype, device=image.device)
-    return [
-        PairwiseKernel(filter, weight, ones, config.normalization, config.self_message)
-        for filter, weight in filters
-    ]
+        filter = (ExactFilter if exact else PermutohedralLattice)(features.to(ones))
+        add(filter, config.bilateral_weight)
+    return kernels
 
 
 def mean_field(

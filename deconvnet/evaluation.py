@@ -137,22 +137,21 @@ def provenance() -> dict[str, object]:
 
 
 def command() -> str:
-    """The command line of this process, without the folders above the current one."""
+    """The command line of this process, as one would type it in the current folder."""
     script = Path(sys.argv[0])
     if script.stem == "deconvnet" or script.parts[-2:] == ("deconvnet", "__main__.py"):
-        program = "deconvnet"
+        program = ["deconvnet"]
     else:
-        here = Path.cwd()
-        program = (
-            f"python {script.relative_to(here) if script.is_relative_to(here) else script.name}"
-        )
-    return shlex.join([*program.split(), *map(_without_folders, sys.argv[1:])])
+        program = ["python", _without_folders(sys.argv[0])]
+    return shlex.join([*program, *map(_without_folders, sys.argv[1:])])
 
 
 def _without_folders(argument: str) -> str:
-    """Shortens an absolute path to its last three parts: no record names a machine's folders."""
-    path = Path(argument)
-    return str(Path(*path.parts[-3:])) if path.is_absolute() else argument
+    """Shortens an absolute path, so that no record names a machine's folders."""
+    path, here = Path(argument), Path.cwd()
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(here) if path.is_relative_to(here) else Path(*path.parts[-3:]))
 
 
 def commit() -> str | None:

@@ -138,7 +138,7 @@ def test_record_says_how_to_repeat_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.loads(path.read_text()) == written
     assert (written["miou"], written["seed"]) == (12.5, 0)
     assert written["command"] == "deconvnet evaluate --data 'my data'"
-    assert written["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(written["versions"]["torch"])
     assert written["versions"]["python"] == sys.version.split()[0]
     assert written["machine"]["threads"] == torch.get_num_threads()
     assert written["machine"]["cpu"]
@@ -152,8 +152,9 @@ def test_record_says_how_to_repeat_it(tmp_path: Path, monkeypatch: pytest.Monkey
         (["/opt/lib/deconvnet/__main__.py", "demo"], "deconvnet demo"),
         (["benchmarks/ladder.py", "--seeds", "0"], "python benchmarks/ladder.py --seeds 0"),
         (["HERE/benchmarks/ladder.py"], "python benchmarks/ladder.py"),
-        (["/elsewhere/deconvnet/ladder.py"], "python ladder.py"),
+        (["/elsewhere/deconvnet/ladder.py"], "python elsewhere/deconvnet/ladder.py"),
         (["/opt/bin/deconvnet", "/a/b/data/shapes/x"], "deconvnet data/shapes/x"),
+        (["/opt/bin/deconvnet", "HERE/data/shapes"], "deconvnet data/shapes"),
     ],
 )
 def test_command(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
