@@ -19,7 +19,6 @@ from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_l
 from deconvnet.files import atomic_write
 from deconvnet.inference import InferenceConfig, Predictor
 from deconvnet.instances import CropDataset
-from deconvnet.model import ModelConfig
 from deconvnet.plotting import overlay, show_prediction
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, compute_proposals, edge_boxes
 from deconvnet.shapes import make_scene, write_shapes
@@ -306,24 +305,10 @@ def _network_to_train(
         calibration = recipes.calibration_crops(crops) if recipe.calibrate else None
         return recipes.make_network(recipe, options.stage, num_classes, options.vgg16, calibration)
     start = load_model(options.init)
-    wanted = recipe.fcn if options.stage == "fcn" else recipe.model
-    for what, found, expected in (
-        ("an encoder of widths", start.config.widths, wanted.widths),
-        ("classes:", start.config.num_classes, num_classes),
-        # fc6 fits one size of crop; an FCN-8s takes nothing but the encoder
-        ("crops in pixels:", *_crop_sizes(start, wanted)),
-    ):
-        if found != expected:
-            raise ValueError(
-                f"{options.init}: expected {what} {expected} for stage {options.stage} of recipe "
-                f"{options.recipe} on {options.data}, got {found}"
-            )
-    return recipes.make_network(recipe, options.stage, num_classes, start=start)
-
-
-def _crop_sizes(start: nn.Module, wanted: object) -> tuple[int, int]:
-    whole = isinstance(start.config, ModelConfig) and isinstance(wanted, ModelConfig)
-    return (start.config.input_size, wanted.input_size) if whole else (0, 0)
+    try:
+        return recipes.make_network(recipe, options.stage, num_classes, start=start)
+    except ValueError as error:
+        raise ValueError(f"{options.init}: {error}") from error
 
 
 def run_segment(options: argparse.Namespace) -> None:

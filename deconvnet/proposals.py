@@ -21,6 +21,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +31,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
@@ -347,7 +347,7 @@ def compute_proposals(
         dataset: Anything with a length and ``image(i)``, which returns ``uint8 [3, H, W]``.
         cache_dir: Folder of the cache, made where needed; None keeps nothing.
         config: Settings; Edge Boxes' defaults if None.
-        workers: Processes; 1 works in this one, None takes one a core.
+        workers: Threads; None takes one a core.
         progress: Show a progress bar.
         model_path: OpenCV's structured forest; None for gradient edges.
 
@@ -358,64 +358,42 @@ def compute_proposals(
         FileNotFoundError: If the model file does not exist.
         ValueError: If it is not such a model, or ``workers`` is below 1.
     """
+    config = config or EdgeBoxesConfig()
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    workers = min(workers, len(dataset))
+    model = None
+    if model_path is not None:
+        model = _model_digest(model_path)
+        _detector(str(model_path), model)  # once, and not once a thread
+    settings = repr((_VERSION, cv2.__version__, sorted(asdict(config).items()), model))
     if cache_dir is not None:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    task = _Task(dataset, cache_dir, config or EdgeBoxesConfig(), model_path)
-    # A DataLoader is a pool that keeps the order, bounds what is under way and brings back
-    # errors. Arrays, not tensors, come back from it: each tensor would hold a file open.
-    loader = DataLoader(
-        task,
-        batch_size=None,
-        num_workers=workers if workers > 1 else 0,
-        collate_fn=_as_arrays,
-        worker_init_fn=_one_thread,
-    )
-    bar = tqdm(loader, desc="Edge Boxes", unit="image", disable=not progress)
-    return [Proposals(torch.from_numpy(boxes), torch.from_numpy(scores)) for boxes, scores in bar]
+        cache_dir = Path(cache_dir)
+        cache_dir.mkdir(parents=True, exist_ok=True)
 
-
-class _Task(Dataset):
-    """The proposals of one image, from the cache or computed."""
-
-    def __init__(
-        self,
-        dataset: VOCDataset,
-        cache_dir: str | Path | None,
-        config: EdgeBoxesConfig,
-        model_path: str | Path | None,
-    ) -> None:
-        self.dataset, self.config, self.model_path = dataset, config, model_path
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        model = None if model_path is None else _model_digest(model_path)
-        self.settings = repr((_VERSION, cv2.__version__, sorted(asdict(config).items()), model))
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Proposals:
-        image = self.dataset.image(index)
-        if self.cache_dir is None:
-            return edge_boxes(image, self.config, self.model_path)
-        key = hashlib.sha256(f"{self.settings}{list(image.shape)}".encode())
-        key.update(image.contiguous().numpy())
-        path = self.cache_dir / f"{key.hexdigest()[:32]}.npz"
+    def find(index: int) -> Proposals:
+        image = dataset.image(index)
+        if cache_dir is None:
+            return edge_boxes(image, config, model_path)
+        path = cache_dir / f"{_cache_key(settings, image)}.npz"
         proposals = _read_cache(path)
         if proposals is None:
-            proposals = edge_boxes(image, self.config, self.model_path)
+            proposals = edge_boxes(image, config, model_path)
             _write_cache(path, proposals)
         return proposals
 
+    # Threads suffice, since OpenCV and NumPy compute outside Python's lock. They share the
+    # images with this process, and OpenCV does not always survive a fork.
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(find, range(len(dataset)))
+        bar = tqdm(found, "Edge Boxes", len(dataset), unit="image", disable=not progress)
+        return list(bar)
 
-def _as_arrays(proposals: Proposals) -> tuple[np.ndarray, np.ndarray]:
-    return proposals.boxes.numpy(), proposals.scores.numpy()
 
-
-def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(1)  # the processes are the parallelism
+def _cache_key(settings: str, image: Tensor) -> str:
+    key = hashlib.sha256(f"{settings}{list(image.shape)}".encode())
+    key.update(image.contiguous().numpy())
+    return key.hexdigest()[:32]
 
 
 def _read_cache(path: Path) -> Proposals | None:

@@ -6,7 +6,7 @@ how each stage is trained, and how an image is segmented afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ def tiny() -> Recipe:
         instances=InstanceConfig.tiny(),
         classify=replace(small, iterations=1_000, learning_rate=2e-3),
         stage1=small,
-        stage2=small,
+        stage2=replace(small, iterations=1_200),  # twice stage 1, as in the paper
         # float32: small enough to be fast in it, and the same on every CPU
         inference=InferenceConfig(batch_size=50, precision="float32"),
         edge_boxes=EdgeBoxesConfig.tiny(),
@@ -133,6 +133,9 @@ def make_network(
         calibration: Typical crops ``uint8 [N, 3, S, S]`` for recipes that calibrate batch norm.
         start: A network of the same recipe to start from. A DeconvNet is copied whole, except
             that an FCN-8s takes only its encoder.
+
+    Raises:
+        ValueError: There is no such stage, or ``start`` is of other sizes.
     """
     _check_stage(stage)
     if stage == "fcn":
@@ -146,8 +149,22 @@ def make_network(
     if start is not None:
         whole = type(start) is type(model)
         source, target = (start, model) if whole else (start.encoder, model.encoder)
-        target.load_state_dict(source.state_dict())
+        _copy_weights(source.state_dict(), target)
     return model
+
+
+def _copy_weights(source: Mapping[str, Tensor], target: nn.Module) -> None:
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (source, target.state_dict())
+    )
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"expected a network of the recipe's sizes and the data's classes, with {name} of "
+                f"shape {expected.get(name)}, got {found.get(name)}"
+            )
+    target.load_state_dict(source)
 
 
 def stage_crops(

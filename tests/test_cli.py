@@ -26,6 +26,7 @@ from deconvnet.weights import SHIPPED, load_model, save_model
 
 COMMANDS = ("data", "train", "segment", "evaluate", "proposals", "demo")
 SIZES = {"widths": (4, 4, 4, 6, 8), "encoder_depths": (1,) * 5, "fc_width": 8}
+DECODER = {"decoder_depths": (1,) * 5}
 SHIPPED_FILES = [SHIPPED / f"shapes-{name}.safetensors" for name in ("deconvnet", "fcn")]
 needs_shipped = pytest.mark.skipif(
     not all(path.is_file() for path in SHIPPED_FILES), reason="no weights have been shipped yet"
@@ -38,7 +39,7 @@ def networks(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     folder = tmp_path_factory.mktemp("weights")
     dataset = VOCDataset(shapes_root, "val")
     torch.manual_seed(0)
-    deconvnet = DeconvNet(ModelConfig(13, **SIZES, decoder_depths=(1,) * 5, input_size=32))
+    deconvnet = DeconvNet(ModelConfig(13, **SIZES, **DECODER, input_size=32))
     fcn = FCN8s(FCNConfig(13, **SIZES, fc_kernel=3, input_size=32))
     files = {}
     for name, stage, model in (("deconvnet", "2", deconvnet), ("fcn", "fcn", fcn)):
@@ -63,9 +64,10 @@ def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     small = replace(
         recipe,
-        model=ModelConfig(**SIZES, decoder_depths=(1,) * 5, input_size=32),
+        model=ModelConfig(**SIZES, **DECODER, input_size=32),
         fcn=FCNConfig(**SIZES, fc_kernel=3, input_size=32),
         instances=replace(recipe.instances, resize=36, crop=32),
+        classify=stage,
         stage1=stage,
         stage2=stage,
     )
@@ -176,20 +178,21 @@ def train(root: Path, out: Path, *more: object) -> list[str]:
 
 
 @pytest.mark.usefixtures("small_training")
-def test_two_stages_and_resuming(
+def test_classifier_and_two_stages(
     shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stage1 = tmp_path / "stage1"
-    assert main(train(shapes_root, stage1, "--stage", 1, "--iterations", 3)) == 0
-    assert capsys.readouterr().out == f"{stage1 / 'weights.safetensors'}\n"
+    start, stage1 = tmp_path / "classify", tmp_path / "stage1"
+    assert main(train(shapes_root, start, "--stage", "classify", "--iterations", 3)) == 0
+    assert capsys.readouterr().out == f"{start / 'weights.safetensors'}\n"
+    command = train(shapes_root, stage1, "--init", start / "weights.safetensors", "--half")
+    assert main([*command, "--stage", "1", "--iterations", "2"]) == 0
     model = load_model(stage1 / "weights.safetensors")
     assert model.metadata["class_names"] == list(CLASS_NAMES)
     assert (model.metadata["recipe"], model.metadata["stage"]) == ("tiny", "1")
-    assert model.metadata["training"]["iterations"] == 3
-    # Made longer, it equals a run that was that long from the start.
-    assert main(train(shapes_root, stage1, "--stage", 1, "--iterations", 5)) == 0
+    assert model.metadata["training"]["iterations"] == 2
+    assert main([*command, "--stage", "1", "--iterations", "3"]) == 0
     state = torch.load(stage1 / "checkpoint.pt", weights_only=True)
-    assert state["iteration"] == 5
+    assert state["iteration"] == 3
 
     stage2, cache = tmp_path / "stage2", tmp_path / "cache"
     command = train(
@@ -268,10 +271,7 @@ def test_restart_and_other_seed(
 
 @pytest.mark.usefixtures("small_training")
 def test_train_bad_input(
-    shapes_root: Path,
-    tmp_path: Path,
-    networks: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     command = train(shapes_root, out)
@@ -282,16 +282,21 @@ def test_train_bad_input(
     assert "limit must be at least 1" in fails(capsys, *command, "--limit", 0)
     assert "seed" in fails(capsys, *command, "--seed", -1)
     assert "no weights at gone.safetensors" in fails(capsys, *command, "--init", "gone.safetensors")
-    message = fails(capsys, *command, "--init", networks["fcn"])
-    assert "fcn.safetensors: expected a network with ModelConfig for stage 1" in message
     two_classes = tmp_path / "two.safetensors"
-    save_model(DeconvNet(ModelConfig(2, **SIZES, input_size=32)), two_classes)
+    save_model(DeconvNet(ModelConfig(2, **SIZES, **DECODER, input_size=32)), two_classes)
     message = fails(capsys, *command, "--init", two_classes)
-    assert "two.safetensors: expected classes: 13" in message
-    assert message.endswith("got 2")
+    assert "two.safetensors: expected a network of the recipe's sizes and the data's" in message
+    assert "score.weight of shape (13, 4, 1, 1), got (2, 4, 1, 1)" in message
     other_size = tmp_path / "64.safetensors"
-    save_model(DeconvNet(ModelConfig(13, **SIZES, input_size=64)), other_size)
-    assert "crops in pixels: 32" in fails(capsys, *command, "--init", other_size)
+    save_model(DeconvNet(ModelConfig(13, **SIZES, **DECODER, input_size=64)), other_size)
+    assert "fc6.0.weight of shape (8, 8, 1, 1), got (8, 8, 2, 2)" in fails(
+        capsys, *command, "--init", other_size
+    )
+    wide = tmp_path / "wide.safetensors"
+    save_model(FCN8s(FCNConfig(13, **{**SIZES, "widths": (5,) * 5})), wide)
+    message = fails(capsys, *command, "--init", wide)
+    assert "wide.safetensors: expected" in message
+    assert "blocks.0.0.0.weight of shape (4, 3, 3, 3), got (5, 3, 3, 3)" in message
     assert "no VGG-16 weights at gone.npz" in fails(capsys, *command, "--vgg16", "gone.npz")
     assert "not allowed with" in refused(capsys, *command, "--init", "a", "--vgg16", "b")
     assert "invalid choice: '3'" in refused(capsys, *command, "--stage", 3)

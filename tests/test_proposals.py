@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import math
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -344,13 +343,13 @@ def test_errors_of_workers_arrive(tmp_path: Path) -> None:
         compute_proposals(data, workers=1, model_path=tmp_path / "missing.yml.gz")
 
 
-def test_the_task_can_be_sent_to_a_spawned_process(tmp_path: Path) -> None:
-    task = module._Task(images(), tmp_path, EdgeBoxesConfig(), None)
-    assert equal([pickle.loads(pickle.dumps(task))[0]], [edge_boxes(scene())])
-
-
 def test_an_empty_data_set() -> None:
     assert compute_proposals(FakeDataset([]), progress=False) == []
+
+
+def test_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    compute_proposals(FakeDataset([scene()]), workers=1)
+    assert "Edge Boxes: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.skipif("DECONVNET_VOC" not in os.environ, reason="DECONVNET_VOC is not set")

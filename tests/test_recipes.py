@@ -90,7 +90,8 @@ def test_crops_fit_their_network(
         assert crops.config.seed == 3
         image, labels = crops[0]
         size = model.config.input_size
-        assert (image.shape, labels.shape) == ((3, size, size), (size, size))
+        drawn = 1 if stage == "classify" else size
+        assert (image.shape, labels.shape) == ((3, size, size), (drawn, drawn))
         assert image.dtype == labels.dtype == torch.uint8
 
 
@@ -139,13 +140,26 @@ def test_vgg_weights_reach_the_encoder(dataset: VOCDataset) -> None:
         torch.testing.assert_close(norm.eval()(x), x, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("stage", "begins"), [("1", ""), ("fcn", "encoder.")])
+def test_start_is_copied_as_far_as_it_fits(stage: str, begins: str) -> None:
+    recipe = recipes.tiny()
+    start = make_network(recipe, "classify", 13)
+    model = make_network(recipe, stage, 13, start=start).state_dict()
+    for name, tensor in start.state_dict().items():
+        if name.startswith(begins):
+            assert torch.equal(model[name], tensor)
+    other = replace(recipe, model=replace(recipe.model, widths=(8, 32, 64, 96, 128)))
+    with pytest.raises(ValueError, match=r"0.weight of shape \(16, 3, 3, 3\), got \(8, 3, 3, 3\)"):
+        make_network(recipe, stage, 13, start=make_network(other, "1", 13))
+
+
 def test_unknown_stage_is_refused(dataset: VOCDataset) -> None:
     for call in (
         lambda: make_network(recipes.tiny(), "3", 13),
         lambda: stage_crops(recipes.tiny(), "3", dataset),
         lambda: recipes.default_settings(recipes.tiny(), "3"),
     ):
-        with pytest.raises(ValueError, match=r"stage must be one of \('fcn', .*got '3'"):
+        with pytest.raises(ValueError, match=r"stage must be one of \('classify', .*got '3'"):
             call()
 
 
@@ -154,9 +168,16 @@ def test_unknown_stage_is_refused(dataset: VOCDataset) -> None:
 
 def test_each_stage_has_its_settings() -> None:
     recipe = recipes.tiny()
-    for stage in STAGES:
-        expected = recipe.stage2 if stage == "2" else recipe.stage1
+    for stage, expected in (
+        ("classify", recipe.classify),
+        ("fcn", recipe.stage1),
+        ("whole", recipe.stage1),
+        ("1", recipe.stage1),
+        ("2", recipe.stage2),
+    ):
         assert recipes.default_settings(recipe, stage) == expected
+    with pytest.raises(ValueError, match="starts from ImageNet weights; pass vgg16"):
+        recipes.default_settings(recipes.compact(), "classify")
 
 
 def test_train_stage_passes_on_what_the_recipe_says(
@@ -166,10 +187,11 @@ def test_train_stage_passes_on_what_the_recipe_says(
     monkeypatch.setattr(recipes, "train", lambda *a, **k: calls.append((a, k)))
     crops = stage_crops(recipe, "1", dataset)
     settings = replace(recipe.stage1, seed=4)
-    train_stage(recipe, "1", None, crops, tmp_path, crops, settings, device="cpu")
-    train_stage(recipe, "2", None, crops, tmp_path)
+    arguments = ("network", crops, tmp_path, crops, settings)
+    assert train_stage(recipe, "1", *arguments, device="cpu") == "network"
+    train_stage(recipe, "2", "network", crops, tmp_path)
     (given, options), (defaults, without) = calls
-    assert given == (None, crops, settings, tmp_path)
+    assert given == ("network", crops, settings, tmp_path)
     assert options["device"] == "cpu"
     assert options["validate"].keywords["dataset"] is crops
     expected = balanced_indices(crops.example_labels, 4, recipe.balance)
