@@ -409,5 +409,6 @@ def dense_crf(
             f"image and probabilities must have the same height and width, got "
             f"{tuple(image.shape[1:])} and {tuple(probabilities.shape[1:])}"
         )
-    kernels = pairwise_kernels(image.to(unary.device), config, method, unary.dtype)
-    return mean_field(unary, kernels, config.iterations, on_iteration)
+    with torch.autocast(unary.device.type, enabled=False):  # ten iterations add up their rounding
+        kernels = pairwise_kernels(image.to(unary.device), config, method, unary.dtype)
+        return mean_field(unary, kernels, config.iterations, on_iteration)

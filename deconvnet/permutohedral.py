@@ -97,7 +97,9 @@ class PermutohedralLattice:
             )
         if not features.isfinite().all():
             raise ValueError("features must be finite, got NaN or infinity")
-        points = features @ embedding(features.shape[1]).to(features).T
+        # Not a matrix product: reduced precision for those would move points to other simplices.
+        matrix = embedding(features.shape[1]).to(features)
+        points = (features[:, None] * matrix).sum(dim=2)
         side = points.shape[1]
         first, order, barycentric = enclosing_simplex(points)
         self.weights = barycentric / _self_weight(barycentric).sqrt()

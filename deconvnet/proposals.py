@@ -382,8 +382,8 @@ def compute_proposals(
             _write_cache(path, proposals)
         return proposals
 
-    # Threads suffice, since OpenCV and NumPy compute outside Python's lock. They share the
-    # images with this process, and OpenCV does not always survive a fork.
+    # Threads suffice, since OpenCV and NumPy compute outside Python's lock; and the images need
+    # not be sent to other processes.
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(find, range(len(dataset)))
         bar = tqdm(found, "Edge Boxes", len(dataset), unit="image", disable=not progress)

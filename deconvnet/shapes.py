@@ -54,19 +54,19 @@ class ShapesConfig:
     min_side: int = 144  # px, shortest image side
     max_side: int = 208  # px, longest image side
     min_objects: int = 2  # shapes thrown into a scene ...
-    max_objects: int = 7  # ... of which those that find no place stay out
-    min_extent: float = 16.0  # px, diameter of the smallest shape's circumscribed circle
-    max_extent: float = 1.0  # the same of the largest one, by the image's longer side
-    min_stretch: float = 0.75  # shapes are squeezed along a random axis by up to this factor
-    camouflage: float = 0.4  # probability that a shape takes its colours from the background
-    clutter: int = 12  # most twigs, pebbles and stains on the ground, which belong to no class
+    max_objects: int = 5  # ... of which those that find no place stay out
+    min_extent: float = 20.0  # px, diameter of the smallest shape's circumscribed circle
+    max_extent: float = 0.9  # the same of the largest one, by the image's longer side
+    min_stretch: float = 0.85  # shapes are squeezed along a random axis by up to this factor
+    camouflage: float = 0.15  # probability that a shape takes its colours from the background
+    clutter: int = 5  # most twigs, pebbles and stains on the ground, which belong to no class
     max_blur: float = 0.8  # px, standard deviation of the lens blur
     max_noise: float = 0.03  # standard deviation of the sensor noise, on a range of 1
     min_quality: int = 75  # JPEG quality, up to 95
     rim: int = 1  # px of void on either side of an object's outline, as in VOC's masks
-    min_visible: float = 0.2  # share of a shape that must be seen for it to be in the scene
+    min_visible: float = 0.35  # share of a shape that must be seen for it to be in the scene
     min_pixels: int = 8  # px inside the void rim, for the same
-    difficult_below: float = 0.35  # share seen under which an object counts as difficult
+    difficult_below: float = 0.5  # share seen under which an object counts as difficult
 
     def __post_init__(self) -> None:
         counts = (self.min_objects, self.max_objects)

@@ -394,6 +394,14 @@ def test_deterministic_and_leaves_its_input_alone():
     assert torch.equal(probabilities, kept[1])
 
 
+@pytest.mark.parametrize("method", ["exact", "lattice"])
+def test_autocast_does_not_touch_it(method):
+    image, probabilities = random_case(3, 6, 5, dtype=torch.float32)
+    refined = dense_crf(image, probabilities, WIDE, method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(dense_crf(image, probabilities, WIDE, method), refined)
+
+
 def test_memory_layout_does_not_matter():
     image, probabilities = random_case(3, 6, 5)
     refined = dense_crf(image, probabilities, WIDE, "lattice")

@@ -86,8 +86,9 @@ def test_crops_fit_their_network(
     assert model.config.num_classes == 13
     for training in (True, False):
         crops = stage_crops(recipe, stage, dataset, proposals, training, seed=3)
-        assert crops.train == training
-        assert crops.config.seed == 3
+        cut = crops.crops if stage == "classify" else crops
+        assert cut.train == training
+        assert cut.config.seed == 3
         image, labels = crops[0]
         size = model.config.input_size
         drawn = 1 if stage == "classify" else size
