@@ -2,10 +2,10 @@
 
     python benchmarks/ladder.py --seeds 0 1 2
 
-For each seed a classifier gives all networks their encoder, as ImageNet's does in the paper. Then
-FCN-8s, DeconvNet on whole images, stage 1 and stage 2 are trained for the same number of crops,
-and judged on the same validation scenes with the same proposals. One file a seed is written to
-results/; a stopped run goes on where it was.
+One classifier gives all networks their encoder, as ImageNet's does in the paper. Then, for each
+seed, FCN-8s, DeconvNet on whole images, stage 1 and stage 2 are trained by the recipe and judged on
+the same validation scenes with the same proposals. One file a seed is written to results/, with
+every stage's settings; a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from deconvnet.proposals import compute_proposals
 from deconvnet.shapes import write_shapes
 from deconvnet.voc import VOCDataset
 from deconvnet.weights import SHIPPED, load_model, save_model
+
+ORDER = ("classify", "1", "2", "fcn", "whole")
 
 METHODS = {
     "fcn": "FCN-8s",
@@ -79,28 +81,29 @@ def main() -> None:
                 name: {"description": METHODS[name], **score.summary(val.class_names)}
                 for name, score in scores.items()
             },
-            curves={stage: read_log(runs / stage / "log.csv") for stage in networks},
+            curves={stage: read_log(runs / stage / "log.csv") for stage in ORDER[1:]},
         )
 
 
 def train_networks(recipe, train, val, boxes, runs, seed, iterations=None):
     """Trains the networks, or loads those that were trained before."""
     networks = {}
-    for stage in recipes.STAGES:
-        path = runs / stage / "weights.safetensors"
+    for stage in ORDER:
+        seed_here, folder = (0, runs.parent) if stage == "classify" else (seed, runs)
+        path = folder / stage / "weights.safetensors"
         if not path.exists():
-            torch.manual_seed(seed)
+            torch.manual_seed(seed_here)
             start = networks.get({"classify": None, "2": "1"}.get(stage, "classify"))
             model = recipes.make_network(recipe, stage, train.num_classes, start=start)
-            settings = replace(recipes.default_settings(recipe, stage), seed=seed)
+            settings = replace(recipes.default_settings(recipe, stage), seed=seed_here)
             if iterations is not None:
                 settings = replace(settings, iterations=iterations)
             crops, checks = (
-                recipes.stage_crops(recipe, stage, data, boxes[data.split], training, seed)
+                recipes.stage_crops(recipe, stage, data, boxes[data.split], training, seed_here)
                 for data, training in ((train, True), (val, False))
             )
-            recipes.train_stage(recipe, stage, model, crops, runs / stage, checks, settings)
-            save_model(model, path, recipes.facts("tiny", stage, train, seed))
+            recipes.train_stage(recipe, stage, model, crops, folder / stage, checks, settings)
+            save_model(model, path, recipes.facts("tiny", stage, train, seed_here))
         networks[stage] = load_model(path)
     return networks
 

@@ -52,7 +52,8 @@ class FCNConfig:
         """The partner of :meth:`deconvnet.model.ModelConfig.tiny`."""
         return cls(
             num_classes=num_classes,
-            widths=(16, 32, 64, 96, 128),
+            widths=(32, 48, 64, 96, 128),
+            encoder_depths=(1, 1, 2, 2, 2),
             fc_width=256,
             fc_kernel=3,
             input_size=96,

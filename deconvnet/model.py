@@ -66,7 +66,12 @@ class ModelConfig:
     def tiny(cls, num_classes: int = 13) -> ModelConfig:
         """A network for 64 x 64 crops that trains in minutes on a CPU."""
         return cls(
-            num_classes=num_classes, widths=(16, 32, 64, 96, 128), fc_width=256, input_size=64
+            num_classes=num_classes,
+            widths=(32, 48, 64, 96, 128),
+            encoder_depths=(1, 1, 2, 2, 2),
+            decoder_depths=(1, 1, 2, 2, 2),
+            fc_width=256,
+            input_size=64,
         )
 
     @classmethod

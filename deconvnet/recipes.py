@@ -57,14 +57,14 @@ class Recipe:
 
 def tiny() -> Recipe:
     """Minutes on a CPU, for the embedded shapes data: 64 px crops."""
-    small = StageConfig.small(iterations=600)
+    small = replace(StageConfig.small(iterations=500), learning_rate=2e-3)
     return Recipe(
         model=ModelConfig.tiny(),
         fcn=FCNConfig.tiny(),
         instances=InstanceConfig.tiny(),
-        classify=replace(small, iterations=1_000, learning_rate=2e-3),
+        classify=replace(small, iterations=1_500),
         stage1=small,
-        stage2=replace(small, iterations=1_200),  # twice stage 1, as in the paper
+        stage2=replace(small, iterations=1_000),  # twice stage 1, as in the paper
         # float32: small enough to be fast in it, and the same on every CPU
         inference=InferenceConfig(batch_size=50, precision="float32"),
         edge_boxes=EdgeBoxesConfig.tiny(),

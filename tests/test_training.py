@@ -220,7 +220,7 @@ def test_sigkill_at_a_random_moment(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    assert 2 <= checkpoint(tmp_path / "parts")["iteration"] < 60
+    assert checkpoint(tmp_path / "parts")["iteration"] >= 2
     run(tmp_path / "parts", stage)
     run(tmp_path / "whole", stage)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
