@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "portable", "float32", "bfloat16", "float16")
 
 
 def default_device(rank: int = 0) -> torch.device:
@@ -23,7 +23,8 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
 
     Args:
         precision: ``"auto"`` is bfloat16 where the hardware computes it, float16 on older CUDA
-            cards (training then scales the loss) and float32 elsewhere.
+            cards (training then scales the loss) and float32 elsewhere. ``"portable"`` does
+            the same on GPUs and is float32 on every CPU, so that all give the same figures.
         device: Where to compute.
 
     Raises:
@@ -31,13 +32,14 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    if precision != "auto":
+    if precision not in ("auto", "portable"):
         return getattr(torch, precision)
     if device.type == "cuda":
         return (
             torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
         )
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+    fast_cpu = precision == "auto" and device.type == "cpu" and cpu_has_bfloat16()
+    return torch.bfloat16 if fast_cpu else torch.float32
 
 
 def cpu_has_bfloat16() -> bool:

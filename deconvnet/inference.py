@@ -52,7 +52,7 @@ class InferenceConfig:
     min_side: int = 0  # px; smaller boxes are skipped before counting (release: 112)
     include_whole_image: bool = False  # one more box, so that every pixel is seen; ours
     batch_size: int = 16  # crops that go through the network at once; ours
-    precision: str = "auto"  # see deconvnet.hardware.choose_precision; ours
+    precision: str = "portable"  # see deconvnet.hardware.choose_precision; ours
 
     def __post_init__(self) -> None:
         if self.convention not in ("paper", "release"):
@@ -150,7 +150,7 @@ def aggregate_proposals(
 
 
 @torch.no_grad()
-def whole_image_scores(model: nn.Module, image: Tensor, precision: str = "auto") -> Tensor:
+def whole_image_scores(model: nn.Module, image: Tensor, precision: str = "portable") -> Tensor:
     """Segments the image as one crop: DeconvNet without its instance-wise idea.
 
     Args:
@@ -171,7 +171,7 @@ def whole_image_scores(model: nn.Module, image: Tensor, precision: str = "auto")
 
 
 @torch.no_grad()
-def fcn_scores(fcn: nn.Module, image: Tensor, precision: str = "auto") -> Tensor:
+def fcn_scores(fcn: nn.Module, image: Tensor, precision: str = "portable") -> Tensor:
     """Segments the image at its own size with a fully convolutional network.
 
     Args:

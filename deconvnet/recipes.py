@@ -65,8 +65,7 @@ def tiny() -> Recipe:
         classify=replace(small, iterations=1_500),
         stage1=small,
         stage2=replace(small, iterations=1_000),  # twice stage 1, as in the paper
-        # float32: small enough to be fast in it, and the same on every CPU
-        inference=InferenceConfig(batch_size=50, precision="float32"),
+        inference=InferenceConfig(batch_size=50),
         edge_boxes=EdgeBoxesConfig.tiny(),
         balance=0.5,
     )
@@ -95,7 +94,7 @@ def compact() -> Recipe:
         instances=InstanceConfig(resize=107, crop=96),  # the paper's 250 to 224
         stage1=stage,
         stage2=stage,
-        inference=InferenceConfig(include_whole_image=True),
+        inference=InferenceConfig(include_whole_image=True, precision="auto"),
         balance=0.5,
         calibrate=True,
     )

@@ -57,7 +57,7 @@ class StageConfig:
     warmup: int = 0  # iterations of linear warm-up; none in the paper
     frozen_blocks: int = 0  # encoder blocks left as they were loaded; none in the paper
     minutes: float | None = None  # stop after so much training time, whatever the iterations
-    precision: str = "auto"  # "auto", "float32", "bfloat16" or "float16"
+    precision: str = "auto"  # see deconvnet.hardware.choose_precision
     validate_every: int = 1_000  # iterations between validations
     checkpoint_every: int = 500  # iterations between checkpoints
     log_every: int = 20  # iterations between rows of log.csv
@@ -388,20 +388,21 @@ class _Run:
         # A finite loss may still have had gradients that were not.
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             self.diverged("the weights are not finite")
-        if self.rank > 0:
-            return
-        state = {
-            "stage": asdict(self.stage),
-            "model": weights,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "plateau": vars(self.plateau),
-            "iteration": self.iteration,
-            "seconds": self.seconds,
-            "row_bytes": self.row_bytes,
-        }
-        with atomic_write(self.checkpoint) as temporary:
-            torch.save(state, temporary)
+        if self.rank == 0:
+            state = {
+                "stage": asdict(self.stage),
+                "model": weights,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "plateau": vars(self.plateau),
+                "iteration": self.iteration,
+                "seconds": self.seconds,
+                "row_bytes": self.row_bytes,
+            }
+            with atomic_write(self.checkpoint) as temporary:
+                torch.save(state, temporary)
+        if self.world_size > 1:
+            dist.barrier()  # nobody leaves before the checkpoint is there to be read
 
     def load(self) -> None:
         if self.checkpoint.exists():

@@ -438,12 +438,16 @@ def test_class_names_come_with_the_weights_or_by_hand():
 
 def test_from_pretrained_builds_both_networks(monkeypatch):
     loaded = {"shapes-deconvnet": PixelNet(seed=1), "shapes-fcn": PixelNet(seed=2)}
+    settings = {"config": {"num_proposals": 7}, "edge_boxes": {"max_boxes": 9}, "crf": {}}
+    loaded["shapes-deconvnet"].metadata = {"settings": settings}
     monkeypatch.setattr(inference, "pretrained", lambda name: name)
     monkeypatch.setattr(inference, "load_model", loaded.__getitem__)
     predictor = Predictor.from_pretrained(device="cpu", crf=None)
     assert predictor.deconvnet is loaded["shapes-deconvnet"]
     assert predictor.fcn is loaded["shapes-fcn"]
-    assert predictor.crf is None
+    assert predictor.config.num_proposals == 7  # as the weights say
+    assert predictor.edge_boxes.max_boxes == 9
+    assert predictor.crf is None  # the option overrules them
 
 
 # -------------------------------------------------------------------------------- bad input

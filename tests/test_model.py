@@ -196,7 +196,7 @@ def test_tiny_and_compact_are_the_same_class():
     assert type(tiny) is type(compact) is type(paper) is DeconvNet
     assert tiny.config.num_classes == tiny.score.out_channels == 13
     assert paper.score.out_channels == 3
-    assert [name for name, _ in tiny.named_modules()] == [name for name, _ in paper.named_modules()]
+    assert {name for name, _ in tiny.named_modules()} < {name for name, _ in paper.named_modules()}
     shapes = {name: p.shape for name, p in paper.encoder.named_parameters()}
     assert shapes == {name: p.shape for name, p in compact.encoder.named_parameters()}
 

@@ -149,8 +149,8 @@ def test_start_is_copied_as_far_as_it_fits(stage: str, begins: str) -> None:
     for name, tensor in start.state_dict().items():
         if name.startswith(begins):
             assert torch.equal(model[name], tensor)
-    other = replace(recipe, model=replace(recipe.model, widths=(8, 32, 64, 96, 128)))
-    with pytest.raises(ValueError, match=r"0.weight of shape \(16, 3, 3, 3\), got \(8, 3, 3, 3\)"):
+    other = replace(recipe, model=replace(recipe.model, widths=(8, *recipe.model.widths[1:])))
+    with pytest.raises(ValueError, match=r"0.weight of shape \(32, 3, 3, 3\), got \(8, 3, 3, 3\)"):
         make_network(recipe, stage, 13, start=make_network(other, "1", 13))
 
 

@@ -577,6 +577,7 @@ def test_precision_by_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda has=has: has)
         assert choose_precision("auto", cpu) == expected
+        assert choose_precision("portable", cpu) == torch.float32
     for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert choose_precision("auto", gpu) == expected
