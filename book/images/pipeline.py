@@ -43,7 +43,7 @@ def main() -> None:
     """Segment the scene and write the picture beside this file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the data set")
-    parser.add_argument("--index", type=int, default=0, help="of the scene in the val split")
+    parser.add_argument("--index", type=int, default=2, help="of the scene in the val split")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).with_suffix(".png"))
     options = parser.parse_args()
 
