@@ -588,7 +588,11 @@ def _open_image(path: str | Path | io.BytesIO) -> Image.Image:
     """Open and decode, so that damage shows up here and not later."""
     try:
         image = Image.open(path)
-        image.load()
+        try:
+            image.load()
+        except BaseException:
+            image.close()
+            raise
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such image file") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
