@@ -182,8 +182,9 @@ def thin(edges: np.ndarray, orientation: np.ndarray, radius: int = 1) -> np.ndar
     ridge = edges > 0
     for step in range(1, radius + 1):
         ahead, behind = (
-            cv2.remap(edges, x + s * cos, y + s * sin, cv2.INTER_LINEAR,
-                      borderMode=cv2.BORDER_REPLICATE)
+            cv2.remap(
+                edges, x + s * cos, y + s * sin, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+            )
             for s in (step, -step)
         )
         # Strict on one side only: of two equal pixels side by side exactly one survives.

@@ -78,8 +78,13 @@ def two_squares(objects: bool = True) -> Sample:
 def dataset() -> FakeDataset:
     first = two_squares()
     difficult = Annotation(7, (0.0, 0.0, 5.0, 5.0), True)
-    second = Sample("b", noise(25, 18, 1), torch.full((25, 18), 7, dtype=torch.uint8), None,
-                    (difficult, Annotation(7, (4.0, 4.0, 12.0, 20.0))))
+    second = Sample(
+        "b",
+        noise(25, 18, 1),
+        torch.full((25, 18), 7, dtype=torch.uint8),
+        None,
+        (difficult, Annotation(7, (4.0, 4.0, 12.0, 20.0))),
+    )
     empty = Sample("c", noise(9, 9, 2), torch.zeros(9, 9, dtype=torch.uint8), None, ())
     return FakeDataset([first, second, empty])
 
