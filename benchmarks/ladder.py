@@ -61,11 +61,6 @@ def main() -> None:
     for seed in options.seeds:
         runs = options.runs / f"shapes-seed{seed}"
         networks = train_networks(recipe, train, val, boxes, runs, seed, options.iterations)
-        if options.ship and seed == 0:
-            for stage, name in (("2", "deconvnet"), ("fcn", "fcn")):
-                facts = recipes.facts("tiny", stage, train, seed)
-                path = SHIPPED / f"shapes-{name}.safetensors"
-                save_model(networks[stage], path, facts, torch.float16)
         scores = evaluate(ladder(recipe, networks, boxes["val"]), val)
         record(
             options.results / f"shapes-seed{seed}.json",
@@ -83,6 +78,11 @@ def main() -> None:
             },
             curves={stage: read_log(runs / stage / "log.csv") for stage in ORDER[1:]},
         )
+        if options.ship and seed == 0:
+            for stage, name in (("2", "deconvnet"), ("fcn", "fcn")):
+                facts = recipes.facts("tiny", stage, train, seed)
+                path = SHIPPED / f"shapes-{name}.safetensors"
+                save_model(networks[stage], path, facts, torch.float16)
 
 
 def train_networks(recipe, train, val, boxes, runs, seed, iterations=None):

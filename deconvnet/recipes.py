@@ -37,6 +37,8 @@ STAGES = ("classify", "fcn", "whole", "1", "2")
 """What can be trained: a classifier to start from where there are no ImageNet weights, FCN-8s,
 DeconvNet on whole images, and the paper's two stages."""
 
+CLASS_LAYERS = ("score", "up")  # first letters of the layers with one channel a class
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -45,8 +47,9 @@ class Recipe:
     model: ModelConfig
     fcn: FCNConfig
     instances: InstanceConfig
-    stage1: StageConfig  # also for DeconvNet on whole images, and for FCN-8s
+    stage1: StageConfig
     stage2: StageConfig
+    single: StageConfig | None = None  # FCN-8s, DeconvNet on whole images; by default as stage 1
     classify: StageConfig | None = None  # for networks that don't start from ImageNet
     inference: InferenceConfig = InferenceConfig()
     edge_boxes: EdgeBoxesConfig = EdgeBoxesConfig()
@@ -65,6 +68,7 @@ def tiny() -> Recipe:
         classify=replace(small, iterations=1_500),
         stage1=small,
         stage2=replace(small, iterations=1_000),  # twice stage 1, as in the paper
+        single=replace(small, iterations=1_500),  # both stages together, to compare fairly
         inference=InferenceConfig(batch_size=50),
         edge_boxes=EdgeBoxesConfig.tiny(),
         balance=0.5,
@@ -121,6 +125,7 @@ def make_network(
     vgg16: str | Path | None = None,
     calibration: Tensor | None = None,
     start: nn.Module | None = None,
+    new_classes: bool = False,
 ) -> nn.Module:
     """Builds the network that a stage trains, with ImageNet weights if they are given.
 
@@ -132,6 +137,8 @@ def make_network(
         calibration: Typical crops ``uint8 [N, 3, S, S]`` for recipes that calibrate batch norm.
         start: A network of the same recipe to start from. A DeconvNet is copied whole, except
             that an FCN-8s takes only its encoder.
+        new_classes: ``start`` knows other classes: the layers that score them begin anew, and
+            all others are copied.
 
     Raises:
         ValueError: There is no such stage, or ``start`` is of other sizes.
@@ -148,7 +155,10 @@ def make_network(
     if start is not None:
         whole = type(start) is type(model)
         source, target = (start, model) if whole else (start.encoder, model.encoder)
-        _copy_weights(source.state_dict(), target)
+        weights, own = source.state_dict(), target.state_dict()
+        if new_classes:
+            weights |= {n: tensor for n, tensor in own.items() if n.startswith(CLASS_LAYERS)}
+        _copy_weights(weights, target)
     return model
 
 
@@ -241,6 +251,8 @@ def default_settings(recipe: Recipe, stage: str) -> StageConfig:
         if recipe.classify is None:
             raise ValueError("this recipe starts from ImageNet weights; pass vgg16 instead")
         return recipe.classify
+    if stage in ("fcn", "whole"):
+        return recipe.single or recipe.stage1
     return recipe.stage2 if stage == "2" else recipe.stage1
 
 

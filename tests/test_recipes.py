@@ -154,6 +154,23 @@ def test_start_is_copied_as_far_as_it_fits(stage: str, begins: str) -> None:
         make_network(recipe, stage, 13, start=make_network(other, "1", 13))
 
 
+@pytest.mark.parametrize("stage", ["1", "fcn"])
+def test_new_classes_begin_anew_and_all_else_is_copied(stage: str) -> None:
+    recipe = recipes.tiny()
+    start = make_network(recipe, stage, 13)
+    model = make_network(recipe, stage, 3, start=start, new_classes=True)
+    assert model.config.num_classes == 3
+    old, new = start.state_dict(), model.state_dict()
+    assert old.keys() == new.keys()
+    anew = {name for name, tensor in new.items() if tensor.shape != old[name].shape}
+    assert {name.split(".")[0] for name in anew} == (
+        {"score"} if stage == "1" else {"score8", "score16", "score32", "up16", "up32"}
+    )
+    assert all(torch.equal(new[name], old[name]) for name in new.keys() - anew)
+    with pytest.raises(ValueError, match="the data's classes"):
+        make_network(recipe, stage, 3, start=start)
+
+
 def test_unknown_stage_is_refused(dataset: VOCDataset) -> None:
     for call in (
         lambda: make_network(recipes.tiny(), "3", 13),
@@ -171,14 +188,16 @@ def test_each_stage_has_its_settings() -> None:
     recipe = recipes.tiny()
     for stage, expected in (
         ("classify", recipe.classify),
-        ("fcn", recipe.stage1),
-        ("whole", recipe.stage1),
+        ("fcn", recipe.single),
+        ("whole", recipe.single),
         ("1", recipe.stage1),
         ("2", recipe.stage2),
     ):
         assert recipes.default_settings(recipe, stage) == expected
+    compact = recipes.compact()
+    assert recipes.default_settings(compact, "fcn") == compact.stage1
     with pytest.raises(ValueError, match="starts from ImageNet weights; pass vgg16"):
-        recipes.default_settings(recipes.compact(), "classify")
+        recipes.default_settings(compact, "classify")
 
 
 def test_train_stage_passes_on_what_the_recipe_says(
