@@ -316,11 +316,21 @@ class Predictor:
             deconvnet: Weights of a DeconvNet, or None.
             fcn: Weights of its partner, or None.
             **options: Any argument of :class:`Predictor` except the networks.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A file holds no weights, or settings that this version doesn't know.
         """
         networks = [None if path is None else load_model(path) for path in (deconvnet, fcn)]
         kinds = {"config": InferenceConfig, "edge_boxes": EdgeBoxesConfig, "crf": CRFConfig}
         saved = next((n.metadata for n in networks if n is not None), {}).get("settings", {})
-        settings = {name: kinds[name](**fields) for name, fields in saved.items()}
+        try:
+            settings = {name: kinds[name](**fields) for name, fields in saved.items()}
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{deconvnet or fcn}: its settings are not those of this version ({error}); "
+                "save it again with this version's deconvnet.weights.save_model"
+            ) from error
         return cls(*networks, **(settings | options))
 
     def __call__(

@@ -274,26 +274,3 @@ def calibrate_batch_norm(model: nn.Module, images: Tensor) -> None:
             norm.bias.copy_(mean)
             x = relu(x)  # what the norm would return: it is the identity on these images
         x, _ = model.encoder.pool(x)
-
-
-@torch.no_grad()
-def mirror_encoder(model: DeconvNet) -> None:
-    """Starts every deconvolution as the transpose of the convolution that it mirrors.
-
-    A convolution of ``a`` to ``b`` channels and the deconvolution back have weights of one shape,
-    ``[b, a, k, k]``, and with equal weights the second is the adjoint of the first: what the
-    encoder's filter detects, the decoder's filter draws. A departure from the paper, whose
-    deconvolutions start at random.
-
-    Args:
-        model: Its decoder and ``fc6_deconv`` are set; the last deconvolution, which mirrors the
-            convolution from RGB, keeps its own weights.
-    """
-    model.fc6_deconv[0].weight.copy_(model.fc6[0].weight)
-    for block, mirrored in zip(reversed(model.encoder.blocks), model.decoder.blocks):
-        first, *others = (layer[0].weight for layer in block)
-        *deconvolutions, last = (layer[0].weight for layer in mirrored)
-        for deconvolution, convolution in zip(deconvolutions, reversed(others)):
-            deconvolution.copy_(convolution)
-        if last.shape == first.shape:
-            last.copy_(first)

@@ -436,6 +436,17 @@ def test_class_names_come_with_the_weights_or_by_hand():
         Predictor(model, device="cpu", class_names=("a", "b"))
 
 
+@pytest.mark.parametrize("settings", [{"config": {"hue": 3}}, {"smoothing": {"sigma": 1}}])
+def test_weights_with_unknown_settings_are_named(tmp_path, settings):
+    from deconvnet.model import DeconvNet, ModelConfig
+    from deconvnet.weights import save_model
+
+    path = tmp_path / "newer.safetensors"
+    save_model(DeconvNet(ModelConfig.tiny(3)), path, {"settings": settings})
+    with pytest.raises(ValueError, match=r"newer\.safetensors: its settings are not those"):
+        Predictor.from_files(path)
+
+
 def test_from_pretrained_builds_both_networks(monkeypatch):
     loaded = {"shapes-deconvnet": PixelNet(seed=1), "shapes-fcn": PixelNet(seed=2)}
     settings = {"config": {"num_proposals": 7}, "edge_boxes": {"max_boxes": 9}, "crf": {}}
