@@ -14,9 +14,10 @@ import platform
 import shlex
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
 import torch
@@ -123,6 +124,28 @@ def record(path: str | Path, **facts: object) -> dict[str, object]:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(run, indent=2, allow_nan=False) + "\n")
     return run
+
+
+def read_record(name: str) -> dict[str, object]:
+    """Reads one of the project's recorded runs.
+
+    Args:
+        name: A file of the repository's folder ``results``, without ``.json``: ``"shapes-seed0"``.
+
+    Returns:
+        What :func:`record` wrote. Where the package was installed without its repository, the
+        file is fetched from there.
+
+    Raises:
+        OSError: There is no such record, or no network to fetch it with.
+    """
+    path = Path(__file__).parents[1] / "results" / f"{name}.json"
+    if path.parent.is_dir():
+        return json.loads(path.read_text())
+    urls = dict(u.split(", ") for u in metadata("deconvnet").get_all("Project-URL"))
+    repository = urls["Repository"].replace("://github.com", "://raw.githubusercontent.com")
+    with urllib.request.urlopen(f"{repository}/main/results/{name}.json", timeout=60) as response:
+        return json.load(response)
 
 
 def provenance() -> dict[str, object]:

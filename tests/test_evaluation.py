@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -204,3 +205,31 @@ def test_read_log(tmp_path: Path) -> None:
         {"iteration": 20.0, "loss": 1.5, "validation": None},
         {"iteration": 40.0, "loss": 1.25, "validation": 0.5},
     ]
+
+
+# Reading a recorded run
+
+
+def test_a_recorded_run_is_read_from_the_repository() -> None:
+    run = evaluation.read_record("shapes-seed0")
+    assert run["seed"] == 0
+    assert set(run["methods"]) >= {"fcn", "stage2", "crf"}
+    with pytest.raises(FileNotFoundError, match="no-such-run"):
+        evaluation.read_record("no-such-run")
+
+
+def test_without_the_repository_it_is_fetched_from_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def urlopen(address: str, timeout: float) -> io.BytesIO:
+        asked.append(address)
+        return io.BytesIO(b'{"seed": 3}')
+
+    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "deconvnet" / "evaluation.py"))
+    monkeypatch.setattr(evaluation.urllib.request, "urlopen", urlopen)
+    assert evaluation.read_record("shapes-seed3") == {"seed": 3}
+    (address,) = asked
+    assert address.startswith("https://raw.githubusercontent.com/")
+    assert address.endswith("/main/results/shapes-seed3.json")
