@@ -9,7 +9,7 @@ INDEX  := _build/html/index.html
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lint clean
+.PHONY: help setup book test colab lint clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ book: $(STAMP)  ## build the book as HTML; any warning is an error
 
 test: $(STAMP)  ## run the unit tests and every chapter
 	$(BIN)/python -m pytest --nbval --cov=deconvnet --cov-report=term $(PYTEST_ARGS)
+
+colab: $(STAMP)  ## run every chapter as Colab would, in a clean environment (downloads PyTorch)
+	$(BIN)/python tests/colab_like.py $(CHAPTERS)
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check .

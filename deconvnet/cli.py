@@ -109,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
         "--data data/shapes --recipe tiny --stage 2 --init runs/stage1/weights.safetensors "
         "--out runs/stage2",
         "--data VOCdevkit/VOC2012 --recipe voc2012 --stage 1 --vgg16 vgg16 --out runs/voc-stage1",
+        "--data data/mine --stage 2 --init shapes-deconvnet --new-classes --out runs/mine",
     )
     _add_data(sub, split="train")
     sub.add_argument("--val-split", default="val", help="split whose crop loss is logged (val)")
@@ -116,8 +117,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--stage", choices=recipes.STAGES, default="1")
     sub.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log, weights")
     start = sub.add_mutually_exclusive_group()
-    start.add_argument("--init", type=Path, help="weights to start from, such as stage 1's")
+    start.add_argument("--init", help="weights to start from: a file, or a shipped name")
     start.add_argument("--vgg16", help="ImageNet weights: vgg16, vgg16_bn (downloads) or a file")
+    sub.add_argument(
+        "--new-classes", action="store_true", help="--init knows other classes: learn these anew"
+    )
     sub.add_argument("--minutes", type=float, help="stop after so much training time")
     sub.add_argument("--iterations", type=int, help="in place of the recipe's")
     sub.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
@@ -301,14 +305,18 @@ def _network_to_train(
     options: argparse.Namespace, recipe: recipes.Recipe, crops: CropDataset
 ) -> nn.Module:
     num_classes = crops.dataset.num_classes
-    if options.init is None:
+    path = None if options.init is None else _weights(options.init)
+    if path is None:
         calibration = recipes.calibration_crops(crops) if recipe.calibrate else None
         return recipes.make_network(recipe, options.stage, num_classes, options.vgg16, calibration)
-    start = load_model(options.init)
+    start = load_model(path)
     try:
-        return recipes.make_network(recipe, options.stage, num_classes, start=start)
+        return recipes.make_network(
+            recipe, options.stage, num_classes, start=start, new_classes=options.new_classes
+        )
     except ValueError as error:
-        raise ValueError(f"{options.init}: {error}") from error
+        hint = "" if options.new_classes else "; --new-classes learns other classes than it knows"
+        raise ValueError(f"{path}: {error}{hint}") from error
 
 
 def run_segment(options: argparse.Namespace) -> None:
@@ -448,7 +456,7 @@ def _check_classes(predictor: Predictor, dataset: VOCDataset) -> None:
 
 
 def _weights(name: str) -> Path | None:
-    """The file that ``--deconvnet`` or ``--fcn`` means."""
+    """The file that ``--deconvnet``, ``--fcn`` or ``--init`` means."""
     if name == "none":
         return None
     is_file = Path(name).suffix or Path(name).exists()

@@ -16,19 +16,19 @@ Potentials*, NIPS 2011. Parameters mean what they mean in ``pydensecrf``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deconvnet.gaussian import MAX_EXACT_PIXELS, ExactFilter, Filter, GridGaussian
 from deconvnet.permutohedral import PermutohedralLattice
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 METHODS = ("auto", "exact", "lattice")
-Filter = Callable[[Tensor], Tensor]  # values [N, C] to sums over all points [N, C]
-MAX_EXACT_PIXELS = 50 * 50  # up to here exact inference takes well under a second on a CPU
+SHORT_ROW = 16  # PyTorch on a CPU is slow at row by row operations on fewer labels
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -48,7 +48,7 @@ def _check_maps(name: str, maps: Tensor) -> None:
         raise TypeError(f"{name} must be float32 or float64, got {maps.dtype}")
     if maps.ndim != 3 or maps.numel() == 0:
         raise ValueError(f"{name} must be [C, H, W], got shape {tuple(maps.shape)}")
-    if not maps.isfinite().all():
+    if not torch.stack(maps.aminmax()).isfinite().all():  # NaN is every extreme
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
@@ -72,6 +72,7 @@ class CRFConfig:
     normalization: str = "symmetric"  # one of NORMALIZATIONS, see PairwiseKernel
     min_probability: float = 1e-5  # floor under the logarithm, pydensecrf's default
     self_message: bool = True  # whether a pixel hears itself, see PairwiseKernel
+    prune_below: float = 0.0  # probability; labels under it everywhere stay out of the mean field
 
     def __post_init__(self) -> None:
         for name in ("gaussian_sigma", "bilateral_sigma", "bilateral_sigma_rgb"):
@@ -84,6 +85,8 @@ class CRFConfig:
             raise ValueError(f"iterations must be 0 or more, got {self.iterations}")
         if not 0 < self.min_probability < 1:
             raise ValueError(f"min_probability must be in (0, 1), got {self.min_probability}")
+        if not 0 <= self.prune_below < 1:
+            raise ValueError(f"prune_below must be in [0, 1), got {self.prune_below}")
         _check_choice("normalization", self.normalization, NORMALIZATIONS)
 
     @classmethod
@@ -118,6 +121,11 @@ def unary_from_probabilities(probabilities: Tensor, min_probability: float = 1e-
         ValueError: if the shape is wrong, a value is not finite or not in [0, 1], or a pixel's
             probabilities do not sum to 1 within 0.001.
     """
+    _check_probabilities(probabilities)
+    return -probabilities.clamp(min=min_probability).log()
+
+
+def _check_probabilities(probabilities: Tensor) -> None:
     _check_maps("probabilities", probabilities)
     low, high = probabilities.aminmax()
     if low < -1e-3 or high > 1 + 1e-3:
@@ -128,7 +136,6 @@ def unary_from_probabilities(probabilities: Tensor, min_probability: float = 1e-
             "probabilities must sum to 1 over their first dimension, "
             f"got a pixel that is off by {off:.4g}; apply softmax(dim=0) to scores first"
         )
-    return -probabilities.clamp(min=min_probability).log()
 
 
 def bilateral_features(image: Tensor, sigma: float, sigma_rgb: float) -> Tensor:
@@ -153,65 +160,6 @@ def position_features(height: int, width: int, sigma: float) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()], dim=1) / sigma
 
 
-class ExactFilter:
-    """Sums over all pairs of points, in quadratic time: the reference.
-
-    Args:
-        features: float ``[N, d]``, each feature divided by its standard deviation.
-    """
-
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
-        # A large kernel matrix would not fit into memory, so its rows are computed anew each time.
-        self._kept_rows = list(self._rows()) if len(features) <= MAX_EXACT_PIXELS else None
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Return ``sum_j exp(-0.5 * ||f_i - f_j||^2) * values_j`` for values ``[N, C]``."""
-        return torch.cat([rows @ values for rows in self._kept_rows or self._rows()])
-
-    def _rows(self) -> Iterator[Tensor]:
-        for block in self.features.split(max(1, 2**20 // len(self.features))):
-            # Distances by way of a matrix product would lose digits to cancellation.
-            precise = "donot_use_mm_for_euclid_dist"
-            distance = torch.cdist(block, self.features, compute_mode=precise)
-            yield distance.square_().mul_(-0.5).exp_()
-
-
-class GridGaussian:
-    """The Gaussian kernel on a pixel grid, as a convolution along columns, then along rows.
-
-    On a grid the kernel is a product of two one-dimensional ones, so it needs no lattice. It is
-    cut off at 5 standard deviations, where float32 no longer sees it.
-
-    Args:
-        height: image height in pixels.
-        width: image width in pixels.
-        sigma: standard deviation in pixels.
-    """
-
-    def __init__(self, height: int, width: int, sigma: float) -> None:
-        self.size = height, width
-        self.sigma = sigma
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Filter values ``[H * W, C]`` to the same shape."""
-        height, width = self.size
-        channels = values.shape[1]
-        # Seen as [1, C, H, W] in channels-last order, the values need not be moved.
-        grid = values.reshape(1, height, width, channels).permute(0, 3, 1, 2)
-        along_y, along_x = (self._taps(length).to(values) for length in self.size)
-        columns = along_y.repeat(channels).view(channels, 1, -1, 1)
-        rows = along_x.repeat(channels).view(channels, 1, 1, -1)
-        grid = F.conv2d(grid, columns, padding=(len(along_y) // 2, 0), groups=channels)
-        grid = F.conv2d(grid, rows, padding=(0, len(along_x) // 2), groups=channels)
-        return grid.permute(0, 2, 3, 1).reshape(height * width, channels)
-
-    def _taps(self, length: int) -> Tensor:
-        radius = min(math.ceil(5 * self.sigma), length - 1)
-        offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
-        return (-0.5 * (offsets / self.sigma) ** 2).exp()
-
-
 class PairwiseKernel:
     """One weighted, normalised kernel of the energy.
 
@@ -221,7 +169,8 @@ class PairwiseKernel:
 
     Args:
         filter: maps values ``[N, C]`` to ``sum_j k_ij values_j``, with ``k_ii = 1``.
-        weight: energy per unit of kernel between two pixels that disagree.
+        weight: energy per unit of kernel between two pixels that disagree; a scalar tensor if it
+            is to be learned.
         ones: float ``[N, 1]`` of ones, in the dtype and on the device of the values.
         normalization: one of ``NORMALIZATIONS``.
         self_message: whether the sum includes ``j = i``, as in the 2011 code and ``pydensecrf``;
@@ -231,7 +180,7 @@ class PairwiseKernel:
     def __init__(
         self,
         filter: Filter,
-        weight: float,
+        weight: float | Tensor,
         ones: Tensor,
         normalization: str = "symmetric",
         self_message: bool = True,
@@ -245,6 +194,10 @@ class PairwiseKernel:
             norm = norm.sqrt()
         self.scale_in = ones if normalization == "after" else norm
         self.scale_out = ones if normalization == "before" else norm
+        self._wide_scales: dict[int, tuple[Tensor, Tensor]] = {}
+        learned = isinstance(weight, Tensor)
+        self._can_fold = hasattr(filter, "scaled") and self_message and not learned
+        self._folded: Filter | None = None  # the filter with both scales in its own weights
 
     def message(self, values: Tensor) -> Tensor:
         """What every pixel hears from the others: weighted votes for each label.
@@ -255,11 +208,28 @@ class PairwiseKernel:
         Returns:
             ``[N, C]``.
         """
-        sent = values * self.scale_in
+        if self._can_fold and not values.requires_grad:
+            return self._folded_filter()(values)
+        scale_in, scale_out = self._scales(values.shape[1])
+        sent = values * scale_in
         heard = self.filter(sent)
         if not self.self_message:
             heard = heard - sent
-        return heard * (self.scale_out * self.weight)
+        return heard * scale_out
+
+    def _folded_filter(self) -> Filter:
+        if self._folded is None:
+            self._folded = self.filter.scaled(self.scale_in, self.scale_out * self.weight)
+        return self._folded
+
+    def _scales(self, labels: int) -> tuple[Tensor, Tensor]:
+        scales = self.scale_in, self.scale_out * self.weight
+        if labels >= SHORT_ROW or scales[1].requires_grad:
+            return scales
+        if labels not in self._wide_scales:
+            wide = tuple(scale.expand(-1, labels).contiguous() for scale in scales)
+            self._wide_scales[labels] = wide
+        return self._wide_scales[labels]
 
 
 def pairwise_kernels(
@@ -267,6 +237,7 @@ def pairwise_kernels(
     config: CRFConfig = CRFConfig(),
     method: str = "auto",
     dtype: torch.dtype = torch.float32,
+    weights: Tensor | None = None,
 ) -> list[PairwiseKernel]:
     """Prepare an image's kernels for all iterations; those with weight 0 are left out.
 
@@ -274,9 +245,11 @@ def pairwise_kernels(
         image: uint8 ``[3, H, W]`` RGB.
         config: kernel widths, weights and normalisation.
         method: ``"exact"`` sums over all pairs; ``"lattice"`` filters the bilateral kernel on the
-            permutohedral lattice and the Gaussian one by convolution; ``"auto"`` is exact up to
+            permutohedral lattice and the Gaussian one on the grid; ``"auto"`` is exact up to
             ``MAX_EXACT_PIXELS``.
         dtype: floating-point type of the values to filter.
+        weights: float ``[2]``, the Gaussian and the bilateral kernel's weight, to be learned; those
+            of ``config`` by default.
 
     Returns:
         The Gaussian, then the bilateral kernel.
@@ -291,19 +264,21 @@ def pairwise_kernels(
     exact = method == "exact" or (method == "auto" and size.numel() <= MAX_EXACT_PIXELS)
     ones = torch.ones(size.numel(), 1, dtype=dtype, device=image.device)
     kernels = []
+    given = (config.gaussian_weight, config.bilateral_weight)
+    gaussian_weight, bilateral_weight = given if weights is None else weights.to(dtype).unbind()
 
-    def add(filter: Filter, weight: float) -> None:
+    def add(filter: Filter, weight: float | Tensor) -> None:
         kernel = PairwiseKernel(filter, weight, ones, config.normalization, config.self_message)
         kernels.append(kernel)
 
-    if config.gaussian_weight:
+    if weights is not None or config.gaussian_weight:
         sigma = config.gaussian_sigma
         positions = position_features(*size, sigma).to(ones)
-        add(ExactFilter(positions) if exact else GridGaussian(*size, sigma), config.gaussian_weight)
-    if config.bilateral_weight:
+        add(ExactFilter(positions) if exact else GridGaussian(*size, sigma), gaussian_weight)
+    if weights is not None or config.bilateral_weight:
         features = bilateral_features(image, config.bilateral_sigma, config.bilateral_sigma_rgb)
         filter = (ExactFilter if exact else PermutohedralLattice)(features.to(ones))
-        add(filter, config.bilateral_weight)
+        add(filter, bilateral_weight)
     return kernels
 
 
@@ -335,13 +310,57 @@ def mean_field(
     _check_maps("unary", unary)
     labels, height, width = unary.shape
     logits = -unary.flatten(1).T.contiguous()  # pixels first: a filter reads a pixel at a time
-    beliefs = logits.softmax(dim=1)
+    beliefs = _softmax(logits)
     for iteration in range(iterations + 1):
         if iteration > 0:
-            beliefs = sum((k.message(beliefs) for k in kernels), start=logits).softmax(dim=1)
+            evidence = logits
+            for kernel in kernels:
+                evidence = kernel.message(beliefs).add_(evidence)
+            beliefs = _softmax(evidence)
         if on_iteration is not None:
             on_iteration(iteration, beliefs.T.reshape(labels, height, width))
     return beliefs.T.reshape(labels, height, width)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    if logits.requires_grad:  # the softmax's own gradient refuses transposed ones on a CPU
+        return (logits - logits.logsumexp(dim=1, keepdim=True)).exp()
+    if logits.shape[1] < SHORT_ROW and logits.device.type == "cpu":
+        low, high = logits.aminmax()
+        if low > -80 and high < 80:  # no exponential leaves the range of float32
+            beliefs = logits.exp()
+            return beliefs.div_(beliefs.sum(dim=1, keepdim=True))
+    return logits.softmax(dim=1)
+
+
+def negligible_labels(
+    probabilities: Tensor, kernels: Sequence[PairwiseKernel], threshold: float
+) -> Tensor:
+    """Labels that the mean field can do without, because no pixel will ever believe in them.
+
+    No message exceeds ``K * max(Q)``, where ``K`` is the loudest pixel's sum of kernels, and at
+    every pixel the votes for all labels only raise the softmax's denominator. So a label whose
+    probability is nowhere above ``P`` satisfies ``Q <= P * exp(K * max(Q))`` after every update,
+    and stays below ``e * P`` if ``P <= 1 / (e * K)``. Up to ``1 / (e * C)`` it is moreover below
+    ``1 / C``, and cannot win.
+
+    Args:
+        probabilities: float ``[C, H, W]``, summing to 1 over ``C``.
+        kernels: from :func:`pairwise_kernels`.
+        threshold: probability ``P`` of the user's choice; the smallest of the three counts.
+
+    Returns:
+        bool ``[C]``, true for labels that can be left out. All false if a kernel's weight is
+        negative, for which the bound does not hold.
+    """
+    ones = torch.ones_like(probabilities[:1]).view(-1, 1)
+    loudest = sum((k.message(ones) for k in kernels), start=0 * ones).max().item()
+    bounds = [threshold, 1 / (math.e * len(probabilities))]
+    if any(float(k.weight) < 0 for k in kernels):
+        bounds.append(0.0)
+    elif loudest > 0:
+        bounds.append(1 / (math.e * loudest))
+    return probabilities.flatten(1).amax(dim=1) < min(bounds)
 
 
 def gibbs_energy(labels: Tensor, unary: Tensor, kernels: Sequence[PairwiseKernel]) -> Tensor:
@@ -402,13 +421,26 @@ def dense_crf(
         >>> dense_crf(image, probabilities).argmax(dim=0)
         tensor([[0, 0]])
     """
-    unary = unary_from_probabilities(probabilities, config.min_probability)
+    _check_probabilities(probabilities)
     _check_image(image)
     if image.shape[1:] != probabilities.shape[1:]:
         raise ValueError(
             f"image and probabilities must have the same height and width, got "
             f"{tuple(image.shape[1:])} and {tuple(probabilities.shape[1:])}"
         )
-    with torch.autocast(unary.device.type, enabled=False):  # ten iterations add up their rounding
-        kernels = pairwise_kernels(image.to(unary.device), config, method, unary.dtype)
-        return mean_field(unary, kernels, config.iterations, on_iteration)
+    device, dtype = probabilities.device, probabilities.dtype
+    with torch.autocast(device.type, enabled=False):  # ten iterations add up their rounding
+        kernels = pairwise_kernels(image.to(device), config, method, dtype)
+        if not config.prune_below:
+            unary = unary_from_probabilities(probabilities, config.min_probability)
+            return mean_field(unary, kernels, config.iterations, on_iteration)
+        pruned = negligible_labels(probabilities, kernels, config.prune_below)
+        kept = (~pruned).nonzero().flatten()
+        rest = 1 - probabilities[pruned].sum(dim=0)
+
+        def among_all(beliefs: Tensor) -> Tensor:
+            return probabilities.index_copy(0, kept, beliefs * rest)
+
+        watch = on_iteration and (lambda i, beliefs: on_iteration(i, among_all(beliefs)))
+        unary = -probabilities[kept].clamp(min=config.min_probability).log()
+        return among_all(mean_field(unary, kernels, config.iterations, watch))

@@ -14,11 +14,17 @@ tensor operations only, in a fixed order.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from deconvnet.gaussian import Filter, LinearFilter
+
+# glibc returns larger blocks to the system at once, and fresh pages cost more than the arithmetic.
+MAX_BUFFER_BYTES = 2**25 - 2**16
 
 
 def embedding(dimensions: int) -> Tensor:
@@ -56,13 +62,32 @@ def enclosing_simplex(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ``[N, d + 1]``, the coordinate that pays for each step; ``weights`` float ``[N, d + 1]``,
         one per corner, non-negative and summing to 1 up to rounding.
     """
-    side = points.shape[1]
-    multiples = (points / side).floor()
-    remainder, order = (points / side - multiples).sort(dim=1)
-    corner = multiples.long() * side
-    corner = corner - multiples.long().sum(dim=1, keepdim=True)
-    first = 1 + remainder[:, :1] - remainder[:, -1:]
-    return corner, order, torch.cat([first, remainder.diff(dim=1)], dim=1)
+    multiples, order, weights = _round_down(points.T)
+    corner = (multiples * len(multiples) - multiples.sum(dim=0)).T
+    return corner.contiguous(), order.T.long().contiguous(), weights.T.contiguous()
+
+
+def _round_down(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`enclosing_simplex`, coordinates first; instead of the corner its multiples."""
+    side = len(points)
+    scaled = points / side
+    multiples = scaled.floor()
+    # As integers with the coordinate's number in the last bits, remainders remember where they
+    # were when they are sorted.
+    integers = torch.int64 if points.dtype == torch.float64 else torch.int32
+    bits = side.bit_length()
+    one = 2 ** (torch.iinfo(integers).bits - 1 - bits)
+    remainder = ((scaled - multiples) * one).to(integers).clamp_(max=one - 1)
+    number = torch.arange(side, dtype=integers, device=points.device)[:, None]
+    rows = list((remainder << bits | number).unbind())
+    for start in [0, 1] * (side // 2) + [0] * (side % 2):  # odd-even transposition sort
+        for i in range(start, side - 1, 2):
+            rows[i : i + 2] = torch.minimum(*rows[i : i + 2]), torch.maximum(*rows[i : i + 2])
+    ordered = torch.stack(rows)
+    sorted_remainder = (ordered >> bits).to(points.dtype) / one
+    first = 1 + sorted_remainder[:1] - sorted_remainder[-1:]
+    weights = torch.cat([first, sorted_remainder.diff(dim=0)])
+    return multiples.long(), ordered & 2**bits - 1, weights
 
 
 class PermutohedralLattice:
@@ -95,32 +120,41 @@ class PermutohedralLattice:
                 "features must be a non-empty float tensor [N, d], "
                 f"got {features.dtype} {tuple(features.shape)}"
             )
-        if not features.isfinite().all():
+        if not torch.stack(features.aminmax()).isfinite().all():  # NaN is every extreme
             raise ValueError("features must be finite, got NaN or infinity")
-        # Not a matrix product: reduced precision for those would move points to other simplices.
-        matrix = embedding(features.shape[1]).to(features)
-        points = (features[:, None] * matrix).sum(dim=2)
-        side = points.shape[1]
-        first, order, barycentric = enclosing_simplex(points)
-        self.weights = barycentric / _self_weight(barycentric).sqrt()
+        # In double precision: a reduced one, which PyTorch can be set to for products of matrices,
+        # would move points to other simplices.
+        matrix = embedding(features.shape[1]).to(features.device)
+        points = (matrix @ features.T.double()).to(features.dtype)
+        side = len(points)
+        multiples, order, barycentric = _round_down(points)
+        self.weights = barycentric.T.contiguous()
+        self.weights /= _self_weight(self.weights).sqrt()
 
-        # A vertex's key is linear in its coordinates (the last follows from the others), so that
-        # a step along a lattice direction adds one number to all keys.
-        self._low = first[:, :-1].amin(dim=0) - 2 * side
-        self._span = first[:, :-1].amax(dim=0) + 2 * side - self._low + 1
+        # Steps along all directions but the last are a basis of the lattice, and the last undoes
+        # one step along each. A vertex's key is linear in its coordinates in that basis.
+        base = multiples[-1] - multiples[:-1]
+        self._low = base.amin(dim=1) - 2
+        self._span = base.amax(dim=1) + 3 - self._low
         spans = self._span.tolist()
         if math.prod(spans) >= 2**63:
             raise ValueError(
                 f"features spread over {math.prod(spans):.1e} lattice cells, more than 64-bit "
                 "keys can tell apart; use larger standard deviations"
             )
-        self._place = first.new_tensor([math.prod(spans[:i]) for i in range(side - 1)])
-        steps = self._place.sum() - side * F.pad(self._place, (0, 1))
-        first_key = ((first[:, :-1] - self._low) * self._place).sum(dim=1, keepdim=True)
-        keys = torch.cat([first_key, first_key + steps[order[:, :-1]].cumsum(dim=1)], dim=1)
+        self._place = base.new_tensor([math.prod(spans[:i]) for i in range(side - 1)])
+        steps = torch.cat([self._place, -self._place.sum(dim=0, keepdim=True)])
+        key = torch.zeros_like(base[0])
+        for coordinates, low, place in zip(base, self._low.tolist(), self._place.tolist()):
+            key.add_(coordinates - low, alpha=place)
+        if math.prod(spans) < 2**31:
+            key, steps = key.int(), steps.int()  # half the bytes to sort
+        keys = [key]
+        for pays in order[:-1]:
+            keys.append(keys[-1] + steps.index_select(0, pays))
 
         # Sorted, equal keys stand together: each run is a vertex and the points that touch it.
-        keys, origin = keys.flatten().sort(stable=True)
+        keys, origin = torch.stack(keys, dim=1).flatten().sort(stable=True)
         is_new = torch.ones_like(keys, dtype=torch.bool)
         is_new[1:] = keys[1:] != keys[:-1]
         run = is_new.cumsum(dim=0, dtype=torch.int32) - 1
@@ -132,8 +166,8 @@ class PermutohedralLattice:
 
         # The vertex that stands for the missing ones ends the list, with no points.
         self._splat_starts = F.pad(starts, (0, 1), value=len(origin)).int()
-        self._splat_points = (origin // side).int()
-        self._splat_weights = self.weights.flatten()[origin]
+        self._splat_points = origin.int() // side
+        self._splat_weights = self.weights.flatten().index_select(0, origin)
         self._blur_weights = features.new_tensor([0.5, 1, 0.5]).repeat(self.num_vertices + 1, 1)
 
     @property
@@ -142,8 +176,9 @@ class PermutohedralLattice:
 
         Where they lie among the features is ``vertices.double() @ pinv(embedding(d)).T``.
         """
-        coordinates = self._keys[:, None] // self._place % self._span + self._low
-        return torch.cat([coordinates, -coordinates.sum(dim=1, keepdim=True)], dim=1)
+        base = self._keys.long()[:, None] // self._place % self._span + self._low
+        total = base.sum(dim=1, keepdim=True)
+        return torch.cat([total - (base.shape[1] + 1) * base, total], dim=1)
 
     def splat(self, values: Tensor) -> Tensor:
         """Spread the points' values ``[N, C]`` over the vertices, ``[M + 1, C]``."""
@@ -155,9 +190,9 @@ class PermutohedralLattice:
             per_sample_weights=self._splat_weights,
         )
 
-    def blur(self, values: Tensor) -> Tensor:
+    def blur(self, values: Tensor, backwards: bool = False) -> Tensor:
         """Add to every vertex half of its two neighbours, one lattice direction after another."""
-        for neighbours in self.neighbours:
+        for neighbours in reversed(self.neighbours) if backwards else self.neighbours:
             values = F.embedding_bag(
                 neighbours, values, mode="sum", per_sample_weights=self._blur_weights
             )
@@ -169,7 +204,41 @@ class PermutohedralLattice:
 
     def __call__(self, values: Tensor) -> Tensor:
         """Filter values ``[N, C]``, of the features' dtype, to the same shape."""
-        return self.slice(self.blur(self.splat(values)))
+        return LinearFilter.apply(values, self._filter, self._transpose)
+
+    def scaled(self, scale_in: Tensor, scale_out: Tensor) -> Filter:
+        """The filter between two multiplications, for the price of the filter alone.
+
+        Args:
+            scale_in: ``[N, 1]``, for the values before they are filtered.
+            scale_out: ``[N, 1]``, for the sums.
+
+        Returns:
+            A filter that is not differentiable.
+        """
+        lattice = copy.copy(self)
+        at_points = scale_in.flatten().index_select(0, self._splat_points)
+        lattice._splat_weights = self._splat_weights * at_points
+        lattice.weights = self.weights * scale_out
+        return lambda values: lattice._filter(values.contiguous())
+
+    def _transpose(self, values: Tensor) -> Tensor:
+        # Slice transposes splat, and each blur itself: only their order changes.
+        return self._filter(values, backwards=True)
+
+    def _filter(self, values: Tensor, backwards: bool = False) -> Tensor:
+        bytes_a_label = (self.num_vertices + 1) * values.element_size()
+        labels = max(1, MAX_BUFFER_BYTES // bytes_a_label)
+        parts = math.ceil(values.shape[1] / labels)
+        if parts == 1:
+            return self.slice(self.blur(self.splat(values), backwards))
+        return torch.cat(
+            [
+                self.slice(self.blur(self.splat(part.contiguous()), backwards))
+                for part in values.tensor_split(parts, dim=1)
+            ],
+            dim=1,
+        )
 
 
 def _self_weight(barycentric: Tensor) -> Tensor:
@@ -187,9 +256,9 @@ def _neighbours(keys: Tensor, step: Tensor) -> Tensor:
     missing = len(keys)
     wanted = keys + step
     found = torch.searchsorted(keys, wanted, out_int32=True).clamp_(max=missing - 1)
-    exists = keys[found] == wanted
+    exists = keys.index_select(0, found) == wanted
     here = torch.arange(missing + 1, dtype=torch.int32, device=keys.device)
     after = F.pad(torch.where(exists, found, missing), (0, 1), value=missing)
-    before = torch.full_like(here, missing)
-    before[found[exists]] = here[:-1][exists]
+    before = torch.full_like(here, missing).scatter_(0, after.long(), here)
+    before[missing] = missing  # several came here in vain
     return torch.stack([before, here, after], dim=1)

@@ -111,6 +111,29 @@ def show_probabilities(
     return figure
 
 
+def show_activation(
+    crop: Tensor, activation: Tensor, labels: Tensor, brightest: float | None = None
+) -> Figure:
+    """Shows one map of a network between the crop that it saw and its answer.
+
+    Args:
+        crop: ``uint8 [3, S, S]``.
+        activation: ``[h, w]``, drawn at the crop's size, from 0 (dark) up (bright).
+        labels: ``uint8 [S, S]``.
+        brightest: The value drawn brightest; by default the map's largest.
+    """
+    figure, (left, middle, right) = _row(3, crop)
+    _draw_image(left, crop, "crop")
+    limit = float(activation.max()) if brightest is None else brightest
+    values = activation.float().cpu().numpy()
+    # With nothing above 0 all is dark, and no scale is undefined.
+    shown = middle.imshow(values, cmap="cividis", vmin=0, vmax=limit if limit > 0 else 1)
+    figure.colorbar(shown, ax=middle, shrink=0.8)
+    middle.set_title(f"{values.shape[0]} × {values.shape[1]}")
+    _draw_image(right, overlay(crop, labels), "answer")
+    return figure
+
+
 def show_prediction(
     prediction: Prediction, class_names: Sequence[str] | None = None, boxes: int = 10
 ) -> Figure:
@@ -146,6 +169,34 @@ def show_prediction(
     return figure
 
 
+def name_places(
+    labels: Tensor, class_names: Sequence[str] | None = None, room: float = 1 / 400
+) -> list[tuple[str, float, float, bool]]:
+    """Finds where to write the classes' names on a label map.
+
+    Args:
+        labels: ``uint8 [H, W]``; the background and void get no name.
+        class_names: Names by label, the background first; VOC's by default.
+        room: Share of the map that a region must cover to carry a name. The largest region of
+            each class gets one in any case.
+
+    Returns:
+        ``(name, x, y, above)`` for each name: the innermost pixel of its region, or, where there
+        is no room, a place above the region, for the name to stand on.
+    """
+    places = []
+    for label in labels.unique().tolist():
+        if label in (0, VOID):
+            continue
+        for i, (x, y, pixels) in enumerate(_regions((labels == label).cpu().numpy())):
+            if pixels >= room * labels.numel():
+                places.append((_name(label, class_names), x, y, False))
+            elif i == 0:
+                # The only trace of its class: name it from above, so that it stays visible.
+                places.append((_name(label, class_names), x, y - pixels**0.5, True))
+    return places
+
+
 def _row(count: int, image: Tensor, scale: float = 1.0) -> tuple[Figure, list[Axes]]:
     height, width = image.shape[-2:]
     size = (PANEL * scale * count, PANEL * scale * height / width + 0.4)
@@ -175,17 +226,8 @@ def _draw_labels(
     axes: Axes, image: Tensor, labels: Tensor, class_names: Sequence[str] | None, alpha: float
 ) -> None:
     _draw_image(axes, overlay(image, labels, alpha))
-    room = labels.numel() / 400  # pixels that a name needs
-    for label in labels.unique().tolist():
-        if label in (0, VOID):
-            continue
-        regions = _regions((labels == label).cpu().numpy())
-        for i, (x, y, pixels) in enumerate(regions):
-            if i == 0 and pixels < room:
-                # The only trace of its class: name it from above, so that it stays visible.
-                _draw_name(axes, x, y - pixels**0.5, _name(label, class_names), "bottom")
-            elif pixels >= room:
-                _draw_name(axes, x, y, _name(label, class_names), "center")
+    for name, x, y, above in name_places(labels, class_names):
+        _draw_name(axes, x, y, name, "bottom" if above else "center")
 
 
 def _draw_name(axes: Axes, x: float, y: float, name: str, vertical: str) -> None:

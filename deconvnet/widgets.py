@@ -21,12 +21,17 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deconvnet.activations import decoder_activations, strongest_channels
 from deconvnet.aggregation import Box
 from deconvnet.crf import NORMALIZATIONS, CRFConfig, dense_crf
+from deconvnet.explorables import boxes_to_cut, show_stages, stage_crops
 from deconvnet.inference import InferenceConfig, aggregate_proposals, check_image, select_boxes
+from deconvnet.instances import InstanceConfig, pixel_box
 from deconvnet.metrics import ConfusionMatrix
-from deconvnet.plotting import BOX_COLOUR, Figure, show_labels
+from deconvnet.model import DeconvNet
+from deconvnet.plotting import BOX_COLOUR, Figure, show_activation, show_labels
 from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
+from deconvnet.voc import CLASS_NAMES, VOID, Sample
 
 # One tint for each 2 x 2 window (Okabe and Ito, lightened): dark digits stay readable on them,
 # in a dark notebook too.
@@ -92,6 +97,135 @@ def explore_switches(values: Tensor | None = None) -> ipywidgets.VBox:
         fields, layout=ipywidgets.Layout(grid_template_columns="repeat(4, 5.5em)")
     )
     return ipywidgets.VBox([grid, tables])
+
+
+def explore_instances(
+    sample: Sample,
+    proposals: Tensor | None = None,
+    config: InstanceConfig = InstanceConfig(),
+    class_names: Sequence[str] | None = None,
+) -> ipywidgets.VBox:
+    """One object or proposal at a time: its box, the crop, and the crop's labels in both stages.
+
+    Args:
+        sample: A sample with annotations.
+        proposals: ``[N, 4]``, xyxy pixels, half open, the best one first; Edge Boxes' for small
+            images by default.
+        config: How boxes become crops.
+        class_names: Names by label, the background first; VOC's by default.
+
+    Returns:
+        The choice of the box and of its shape, and the pictures.
+
+    Raises:
+        ValueError: ``sample`` has no annotated object.
+    """
+    names = CLASS_NAMES if class_names is None else class_names
+    boxes = boxes_to_cut(sample, proposals)
+
+    def title(number: int) -> str:
+        _, k, iou, rank = boxes[number]
+        name = names[sample.annotations[k].label]
+        if rank is None:
+            return f"object {k + 1}: {name}"
+        return f"proposal {rank}: {name}, IoU {iou:.2f}"
+
+    chosen = ipywidgets.Dropdown(
+        options={title(i): i for i in range(len(boxes))}, description="cut out", style=_WIDE
+    )
+    square = ipywidgets.Dropdown(
+        options={"kept, then warped (paper)": False, "made square first (release)": True},
+        value=config.square,
+        description="shape of the box",
+        style=_WIDE,
+    )
+    picture = ipywidgets.HTML()
+
+    def update(change: object = None) -> None:
+        box, k, _, _ = boxes[chosen.value]
+        settings = replace(config, square=square.value)
+        cut, crop, *stages = stage_crops(sample, box, k, settings)
+        found = [
+            f"stage {i}: {', '.join(names[c] for c in labels.unique().tolist() if 0 < c < VOID)}"
+            for i, labels in enumerate(stages, start=1)
+        ]
+        sizes = [f"{x1 - x0} × {y1 - y0}" for x0, y0, x1, y1 in map(pixel_box, (box, cut))]
+        caption = f"{title(chosen.value)}; {sizes[0]} pixels, cut out {sizes[1]}, warped to "
+        caption += f"{crop.shape[1]} × {crop.shape[2]}; labelled in {'; in '.join(found)}"
+        figure = show_stages(sample, box, k, settings, names)
+        picture.value = _figure(figure, f"Scene, crop and labels. {caption}.", caption)
+
+    _on_change((chosen, square), update)
+    return ipywidgets.VBox([chosen, square, picture])
+
+
+def explore_decoder(
+    model: DeconvNet, crop: Tensor, class_names: Sequence[str] | None = None, channels: int = 4
+) -> ipywidgets.VBox:
+    """The decoder, layer by layer: the maps of one crop, from a single point to its full size.
+
+    Args:
+        model: A DeconvNet in evaluation mode.
+        crop: ``uint8 [3, S, S]``, RGB, with ``S = model.config.input_size``.
+        class_names: Names by label, the background first; VOC's by default.
+        channels: How many of the strongest channels of a layer can be chosen.
+
+    Returns:
+        A slider over the layers, the choice of the channel, of the class at the last layer and
+        of switches or none, and the map between the crop and the network's answer. A map is
+        drawn from 0 (dark) to the largest value that it has with switches (bright), the last
+        one as probabilities.
+
+    Raises:
+        TypeError: ``crop`` is not a ``uint8`` tensor.
+        ValueError: ``crop`` is malformed, or the model is in training mode.
+    """
+    crops = check_image(crop)[None]
+    ways = {True: decoder_activations(model, crops, True)}
+    ways[False] = decoder_activations(model, crops, False)
+    layers = list(ways[True])
+    names = CLASS_NAMES if class_names is None else class_names
+    answers = {way: _labels(maps["score"][0]) for way, maps in ways.items()}
+    counts = torch.bincount(answers[True].flatten(), minlength=model.config.num_classes)
+
+    layer = _slider("layer", 1, 1, len(layers))
+    ranks = {"mean of all": 0} | {f"strongest no. {i}": i for i in range(1, channels + 1)}
+    channel = ipywidgets.Dropdown(options=ranks, description="channel", style=_WIDE)
+    label = ipywidgets.Dropdown(
+        options={names[i]: i for i in range(len(counts))},
+        value=1 + int(counts[1:].argmax()),
+        description="class at the end",
+        style=_WIDE,
+    )
+    switches = ipywidgets.Checkbox(True, description="switches")
+    picture = ipywidgets.HTML()
+
+    def look(name: str, maps: dict[str, Tensor]) -> tuple[Tensor, str]:
+        if name == "score":
+            return maps[name][0].softmax(0)[label.value], f"probability of {names[label.value]}"
+        count = maps[name].shape[1]
+        if channel.value == 0:
+            return maps[name][0].mean(0), f"mean of {count} channels"
+        strongest = strongest_channels(ways[True][name][0], channels)
+        chosen = strongest[min(channel.value, len(strongest)) - 1]
+        return maps[name][0, chosen], f"channel {chosen + 1} of {count}"
+
+    def update(change: object = None) -> None:
+        name, way = layers[layer.value - 1], switches.value
+        values, what = look(name, ways[way])
+        brightest = 1.0 if name == "score" else float(look(name, ways[True])[0].max())
+        channel.disabled, label.disabled = name == "score", name != "score"
+        caption = (
+            f"{name}, {values.shape[0]} × {values.shape[1]}: {what}, "
+            f"{'with' if way else 'without'} switches"
+        )
+        found = ", ".join(names[i] for i in answers[way].unique().tolist())
+        figure = show_activation(crop, values, answers[way], brightest)
+        alt = f"Crop, map and answer. {caption}. In the answer: {found}."
+        picture.value = _figure(figure, alt, caption)
+
+    _on_change((layer, channel, label, switches), update)
+    return ipywidgets.VBox([layer, channel, label, switches, picture])
 
 
 def explore_proposals(
@@ -266,9 +400,13 @@ def _captioned(
         caption += f"; mean IoU {confusion.mean_iou():.3f}"
     found = labels.unique().tolist()
     names = [class_names[i] if class_names else f"class {i}" for i in found]
-    alt = escape(f"Label map {caption}. In it: {', '.join(names)}.", quote=True)
+    return _figure(figure, f"Label map {caption}. In it: {', '.join(names)}.", caption)
+
+
+def _figure(figure: Figure, alt: str, caption: str) -> str:
     png = base64.b64encode(figure._repr_png_()).decode()
     style = "max-width: 100%; background: #fff"
+    alt = escape(alt, quote=True)
     return (
         f'<figure><img src="data:image/png;base64,{png}" alt="{alt}" style="{style}">'
         f'<figcaption role="status">{escape(caption)}</figcaption></figure>'

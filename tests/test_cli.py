@@ -210,6 +210,19 @@ def test_classifier_and_two_stages(
     ]
 
 
+@pytest.mark.usefixtures("small_training")
+def test_weights_of_other_classes_are_a_start(shapes_root: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = recipes.make_network(recipes.RECIPES["tiny"](), "1", 5)
+    save_model(model, tmp_path / "five.safetensors")
+    init = ("--init", tmp_path / "five.safetensors", "--new-classes", "--iterations", 1)
+    assert main(train(shapes_root, tmp_path / "run", *init)) == 0
+    found = load_model(tmp_path / "run" / "weights.safetensors")
+    assert found.config.num_classes == len(found.metadata["class_names"]) == 13
+    learnt = found.encoder.blocks[0][0][0].weight - model.encoder.blocks[0][0][0].weight
+    assert learnt.abs().max() < 0.01  # one small step away from where it began
+
+
 @pytest.mark.usefixtures("small_training", "one_thread")
 def test_interrupted_training_goes_on(
     shapes_root: Path,
@@ -286,7 +299,7 @@ def test_train_bad_input(
     save_model(DeconvNet(ModelConfig(2, **SIZES, **DECODER, input_size=32)), two_classes)
     message = fails(capsys, *command, "--init", two_classes)
     assert "two.safetensors: expected a network of the recipe's sizes and the data's" in message
-    assert "score.weight of shape (13, 4, 1, 1), got (2, 4, 1, 1)" in message
+    assert "score.weight of shape (13, 4, 1, 1), got (2, 4, 1, 1); --new-classes" in message
     other_size = tmp_path / "64.safetensors"
     save_model(DeconvNet(ModelConfig(13, **SIZES, **DECODER, input_size=64)), other_size)
     assert "fc6.0.weight of shape (8, 8, 1, 1), got (8, 8, 2, 2)" in fails(

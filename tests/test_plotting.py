@@ -141,3 +141,16 @@ def test_bad_input_is_named(scene):
         overlay(image.float(), labels)
     with pytest.raises(TypeError, match="uint8"):
         show_boxes(image.float(), torch.zeros(0, 4))
+
+
+def test_an_activation_keeps_its_resolution_and_its_scale():
+    crop = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    activation = torch.tensor([[0.0, 1.0], [2.0, 4.0]])
+    figure = plotting.show_activation(crop, activation, torch.zeros(16, 16, dtype=torch.uint8), 8.0)
+    middle = figure.axes[1]
+    assert middle.get_title() == "2 × 2"
+    (shown,) = middle.get_images()
+    assert shown.get_array().tolist() == activation.tolist()
+    assert shown.get_clim() == (0, 8)
+    dark = plotting.show_activation(crop, 0 * activation, torch.zeros(16, 16, dtype=torch.uint8))
+    assert dark.axes[1].get_images()[0].get_clim() == (0, 1)

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deconvnet import widgets
+from deconvnet import shapes, widgets
+from deconvnet.activations import decoder_activations
 from deconvnet.crf import CRFConfig, dense_crf
 from deconvnet.inference import InferenceConfig, aggregate_proposals
+from deconvnet.instances import InstanceConfig, crop_and_resize, expand_box, square_box
 from deconvnet.metrics import ConfusionMatrix
+from deconvnet.model import deconvnet_tiny
 from deconvnet.plotting import Figure
+from deconvnet.voc import Sample
 
 NAMES = ("background", "red", "green")
 
@@ -118,10 +122,127 @@ def test_each_pooling_window_has_its_own_tint():
     assert len({tint for row in tints for tint in row}) == 4
 
 
+@pytest.fixture
+def stages(monkeypatch):
+    """The crops and labels that would be drawn, the latest ones last."""
+    seen = []
+
+    def blank(sample, box, k, config, class_names):
+        seen.append(widgets.stage_crops(sample, box, k, config))
+        figure = Figure(figsize=(0.1, 0.1))
+        figure.add_axes((0, 0, 1, 1))
+        return figure
+
+    monkeypatch.setattr(widgets, "show_stages", blank)
+    return seen
+
+
+def test_instances_are_cut_and_labelled_as_either_stage_would(stages):
+    sample = shapes.make_scene(seed=shapes.scene_seed(0, "train", 21))  # a star over a heart
+    proposals = torch.tensor([[49.0, 9, 120, 88], [0, 0, 20, 20]])
+    config = InstanceConfig.tiny()
+    widget = widgets.explore_instances(sample, proposals, config, shapes.CLASS_NAMES)
+    chosen, square = control(widget, "cut out"), control(widget, "shape of the box")
+    assert list(chosen.options) == [
+        "object 1: heart",
+        "object 2: star",
+        "object 3: key",
+        "proposal 1: heart, IoU 0.77",
+        "proposal 2: heart, IoU 0.00",
+    ]
+    boxes = [torch.tensor(a.box) for a in sample.annotations] + list(proposals)
+    for number in (0, 2, 3):
+        chosen.value = number
+        for value in (False, True):
+            square.value = value
+            box = expand_box(boxes[number], 1.2)
+            box = square_box(box) if value else box
+            crop, labels = crop_and_resize(sample.image, sample.labels, box, 72)
+            cut, shown_crop, stage1, stage2 = stages[-1]
+            assert torch.equal(cut, box)
+            assert torch.equal(shown_crop, crop)
+            assert torch.equal(stage2, labels)
+            asked = sample.annotations[number % 3].label
+            others = (labels != asked) & (labels != 255)
+            assert torch.equal(stage1, torch.where(others, 0, labels))
+    assert "warped to 72 × 72; labelled in stage 1: heart; in stage 2: star, heart" in html(widget)
+
+
+def test_instances_need_an_object():
+    blank = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="bare has no annotated object"):
+        widgets.explore_instances(Sample("bare", blank, blank[0], None, ()))
+
+
 @pytest.mark.parametrize("values", [torch.zeros(2, 2), torch.full((4, 4), torch.nan)])
 def test_switches_refuse_other_maps(values):
     with pytest.raises(ValueError, match="values must be"):
         widgets.explore_switches(values)
+
+
+@pytest.fixture
+def activations(monkeypatch):
+    """The map, the answer and the brightest value that would be drawn, the latest ones last."""
+    seen = []
+
+    def blank(crop, activation, labels, brightest):
+        seen.append((activation, labels, brightest))
+        figure = Figure(figsize=(0.1, 0.1))
+        figure.add_axes((0, 0, 1, 1))
+        return figure
+
+    monkeypatch.setattr(widgets, "show_activation", blank)
+    return seen
+
+
+@torch.no_grad()
+def test_the_decoder_shows_the_networks_own_maps(activations):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = deconvnet_tiny().eval()
+    crop = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    widget = widgets.explore_decoder(model, crop, shapes.CLASS_NAMES)
+    layer, channel, label, switches = (
+        control(widget, d) for d in ("layer", "channel", "class at the end", "switches")
+    )
+    ways = {way: decoder_activations(model, crop[None], way) for way in (True, False)}
+    assert (layer.min, layer.max) == (1, len(ways[True]) == 16 and 16)
+    for number in (1, 7, 16):
+        layer.value = number
+        name = list(ways[True])[number - 1]
+        for way in (True, False):
+            switches.value = way
+            shown, answer, brightest = activations[-1]
+            maps = ways[way][name][0]
+            assert torch.equal(answer, ways[way]["score"][0].argmax(0).byte())
+            assert f"{name}, {maps.shape[1]} × {maps.shape[2]}" in html(widget)
+            assert f"{'with' if way else 'without'} switches" in html(widget)
+            if name == "score":
+                assert torch.equal(shown, maps.softmax(0)[label.value])
+                assert brightest == 1
+            else:
+                assert torch.equal(shown, maps.mean(0))
+                assert brightest == ways[True][name][0].mean(0).max()
+    assert channel.disabled
+    assert not label.disabled
+    label.value = 5
+    assert torch.equal(activations[-1][0], ways[False]["score"][0].softmax(0)[5])
+    assert "probability of frame" in html(widget)
+    layer.value, switches.value, channel.value = 8, True, 2
+    maps = ways[True]["deconv4_2"][0]
+    second = int(maps.sum((1, 2)).argsort(descending=True)[1])
+    assert torch.equal(activations[-1][0], maps[second])
+    assert f"channel {second + 1} of 64" in html(widget)
+
+
+def test_the_decoder_refuses_other_crops():
+    model = deconvnet_tiny()
+    with pytest.raises(ValueError, match="training mode"):
+        widgets.explore_decoder(model, torch.zeros(3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"crops must be \[N, 3, 64, 64\]"):
+        widgets.explore_decoder(model.eval(), torch.zeros(3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="uint8"):
+        widgets.explore_decoder(model, torch.zeros(3, 64, 64))
 
 
 def test_the_slider_shows_the_aggregate_of_so_many_proposals(scene, boxes, shown):
@@ -210,6 +331,7 @@ def test_every_live_figure_is_a_widget(scene, boxes, shown):
         widgets.explore_switches(),
         widgets.explore_proposals(ColourNet(), scene[0], boxes),
         widgets.explore_crf(scene[0], torch.full((3, 20, 26), 1 / 3)),
+        widgets.explore_instances(shapes.make_scene()),
     )
     assert all(isinstance(widget, ipywidgets.Widget) for widget in live)
 

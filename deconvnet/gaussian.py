@@ -1,0 +1,170 @@
+"""Sums with a Gaussian kernel: over all pairs of points, and fast on the pixel grid.
+
+Both filters return ``sum_j exp(-0.5 * ||f_i - f_j||^2) * values_j``. In more dimensions, or off the
+grid, :mod:`deconvnet.permutohedral` does the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Filter = Callable[[Tensor], Tensor]  # values [N, C] to sums over all points [N, C]
+MAX_EXACT_PIXELS = 50 * 50  # up to here exact inference takes well under a second on a CPU
+
+
+class LinearFilter(torch.autograd.Function):
+    """A linear filter that knows its transpose, so that its gradient is as fast as itself."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, filter: Filter, transpose: Filter) -> Tensor:
+        """Apply ``filter`` to the values."""
+        ctx.filter, ctx.transpose = filter, transpose
+        return filter(values.contiguous())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Apply ``transpose`` to the gradient."""
+        return LinearFilter.apply(gradient, ctx.transpose, ctx.filter), None, None
+
+
+class ExactFilter:
+    """Sums over all pairs of points, in quadratic time: the reference.
+
+    Args:
+        features: float ``[N, d]``, each feature divided by its standard deviation.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+        # A large kernel matrix would not fit into memory, so its rows are computed anew each time.
+        self._kept_rows = list(self._rows()) if len(features) <= MAX_EXACT_PIXELS else None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return ``sum_j exp(-0.5 * ||f_i - f_j||^2) * values_j`` for values ``[N, C]``."""
+        return torch.cat([rows @ values for rows in self._kept_rows or self._rows()])
+
+    def _rows(self) -> Iterator[Tensor]:
+        for block in self.features.split(max(1, 2**20 // len(self.features))):
+            # Distances by way of a matrix product would lose digits to cancellation.
+            precise = "donot_use_mm_for_euclid_dist"
+            distance = torch.cdist(block, self.features, compute_mode=precise)
+            yield distance.square_().mul_(-0.5).exp_()
+
+
+class GridGaussian:
+    """The Gaussian kernel on a pixel grid, along columns and along rows one after the other.
+
+    On a grid the kernel is a product of two one-dimensional ones, so it needs no lattice. And a
+    Gaussian is a narrower one applied twice: down to a coarse grid whose nodes are up to one
+    standard deviation apart, and up again. That is a matrix's square root with few rows, and
+    costs a third of a convolution. What a lone pixel hears is right to 3 %, sums over a surface
+    to 0.1 %. Under two pixels a coarse grid saves nothing, and a convolution is as exact as
+    float32.
+
+    Args:
+        height: image height in pixels.
+        width: image width in pixels.
+        sigma: standard deviation in pixels.
+    """
+
+    def __init__(self, height: int, width: int, sigma: float) -> None:
+        self.size = height, width
+        self.sigma = sigma
+        self._built: dict[tuple, list[_Matrix]] = {}  # by device and dtype, on first use
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Filter values ``[H * W, C]`` to the same shape."""
+        if self.sigma < 2:
+            return self._convolve(values)
+        return LinearFilter.apply(values, self._down_and_up, self._down_and_up)
+
+    def _down_and_up(self, values: Tensor) -> Tensor:
+        key = values.device, values.dtype
+        if key not in self._built:
+            self._built[key] = [matrix.to(*key) for matrix in self._matrices()]
+        down_y, down_x, up_x, up_y = self._built[key]
+        shape, (height, _) = values.shape, self.size
+        coarse = down_y(values.view(height, -1))  # whole rows of the image at a time
+        fine = up_x(down_x(coarse.view(-1, shape[1])))
+        return up_y(fine.view(len(coarse), -1)).view(shape)
+
+    def _matrices(self) -> list[_Matrix]:
+        height, width = self.size
+        down_y, up_y = _square_root(height, self.sigma)
+        down_x, up_x = _square_root(width, self.sigma)
+        rows = len(down_y.index)
+        return [
+            down_y,
+            down_x.for_every_row(rows, width),
+            up_x.for_every_row(rows, len(down_x.index)),
+            up_y,
+        ]
+
+    def _convolve(self, values: Tensor) -> Tensor:
+        height, width = self.size
+        channels = values.shape[1]
+        # Seen as [1, C, H, W] in channels-last order, the values need not be moved.
+        grid = values.reshape(1, height, width, channels).permute(0, 3, 1, 2)
+        along_y, along_x = (self._taps(length).to(values) for length in self.size)
+        columns = along_y.repeat(channels).view(channels, 1, -1, 1)
+        rows = along_x.repeat(channels).view(channels, 1, 1, -1)
+        grid = F.conv2d(grid, columns, padding=(len(along_y) // 2, 0), groups=channels)
+        grid = F.conv2d(grid, rows, padding=(0, len(along_x) // 2), groups=channels)
+        return grid.permute(0, 2, 3, 1).reshape(height * width, channels)
+
+    def _taps(self, length: int) -> Tensor:
+        radius = min(math.ceil(5 * self.sigma), length - 1)
+        offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+        return (-0.5 * (offsets / self.sigma) ** 2).exp()
+
+
+class _Matrix(NamedTuple):
+    """A sparse matrix with the same number ``k`` of entries in each of its ``R`` rows."""
+
+    index: Tensor  # int32 [R, k], the entries' columns
+    weight: Tensor  # float [R, k]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The product with ``values``."""
+        return F.embedding_bag(self.index, values, mode="sum", per_sample_weights=self.weight)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> _Matrix:
+        """A copy for values of this kind."""
+        return _Matrix(self.index.to(device), self.weight.to(device, dtype))
+
+    def for_every_row(self, rows: int, length: int) -> _Matrix:
+        """The same matrix for each of an image's rows, which have ``length`` entries."""
+        starts = length * torch.arange(rows, dtype=torch.int32)[:, None, None]
+        return _Matrix((starts + self.index).flatten(0, 1), self.weight.repeat(rows, 1))
+
+
+def _square_root(length: int, sigma: float) -> tuple[_Matrix, _Matrix]:
+    """Matrices down to a coarse grid and up again, whose product is a Gaussian.
+
+    ``exp(-(x - u)^2 / sigma^2)`` times the same at ``y``, summed over nodes ``u`` at a distance of
+    ``stride``, is ``sigma / stride * sqrt(pi / 2) * exp(-(x - y)^2 / (2 * sigma^2))``, up to what
+    aliases. Each is cut off at four of its standard deviations.
+    """
+    stride = int(sigma)
+    reach = 4 * sigma / math.sqrt(2)
+    outside = math.floor(reach / stride)  # nodes beyond the border that still reach a pixel
+    pixels = torch.arange(length)
+    nodes = stride * torch.arange(-outside, (length - 1) // stride + outside + 1)
+
+    def matrix(here: Tensor, there: Tensor, nearest: Tensor, span: int) -> _Matrix:
+        index = nearest[:, None] + torch.arange(-span, span + 1)
+        exists = (index >= 0) & (index < len(there))
+        index = index.clamp(0, len(there) - 1)
+        apart = here[:, None] - there[index]
+        weight = (-((apart.double() / sigma) ** 2)).exp() * (exists & (apart.abs() <= reach))
+        return _Matrix(index.int(), weight * math.sqrt(stride / sigma / math.sqrt(math.pi / 2)))
+
+    down = matrix(nodes, pixels, nodes, math.floor(reach))
+    up = matrix(pixels, nodes, pixels // stride + outside, math.ceil(reach / stride))
+    return down, up
