@@ -319,13 +319,13 @@ def mean_field(
             beliefs = _softmax(evidence)
         if on_iteration is not None:
             on_iteration(iteration, beliefs.T.reshape(labels, height, width))
-    return beliefs.T.reshape(labels, height, width)
+    # PyTorch's cross entropy has no gradient for transposed maps.
+    return beliefs.T.contiguous().view(labels, height, width)
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    if logits.requires_grad:  # the softmax's own gradient refuses transposed ones on a CPU
-        return (logits - logits.logsumexp(dim=1, keepdim=True)).exp()
-    if logits.shape[1] < SHORT_ROW and logits.device.type == "cpu":
+    short = logits.shape[1] < SHORT_ROW and logits.device.type == "cpu"
+    if short and not logits.requires_grad:
         low, high = logits.aminmax()
         if low > -80 and high < 80:  # no exponential leaves the range of float32
             beliefs = logits.exp()

@@ -48,8 +48,10 @@ def run_in(page, crop: torch.Tensor, use_switches: bool) -> dict[str, torch.Tens
             const pixels = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
             const {{ scores, stages }} = await {MODEL}.run(pixels, switches);
             const text_ = {TO_TEXT};
-            return [scores, ...stages].map((m) =>
-                [m.name, [m.channels, m.height, m.width], text_(new Uint8Array(m.data.slice().buffer))]);
+            return [scores, ...stages].map((m) => {{
+                const bytes = new Uint8Array(m.data.slice().buffer);
+                return [m.name, [m.channels, m.height, m.width], text_(bytes)];
+            }});
         }}""",
         [base64.b64encode(crop.numpy().tobytes()).decode(), use_switches],
     )
@@ -116,7 +118,7 @@ def test_by_keyboard_alone(open_page) -> None:
     assert "your disc" in settled(page)
     page.keyboard.press("Delete")
     assert "disc" not in settled(page).split("On your")[-1]
-    page.get_by_label("Size").focus()
+    page.get_by_role("slider", name="Size").focus()
     page.keyboard.press("Home")
     assert page.evaluate(f"{MODEL}.state.items[0].size") == pytest.approx(0.08)
     page.get_by_role("switch", name="Switches").focus()
