@@ -209,7 +209,7 @@ class PairwiseKernel:
             ``[N, C]``.
         """
         if self._can_fold and not values.requires_grad:
-            return self._folded_filter()(values)
+            return self._folded_filter()(values)  # the same, with both scales in its own weights
         scale_in, scale_out = self._scales(values.shape[1])
         sent = values * scale_in
         heard = self.filter(sent)
