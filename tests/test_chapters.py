@@ -27,7 +27,9 @@ VERBS = {
 
 MAY_IGNORE_OUTPUT = {
     ("02-unpooling", "def when_determinism_is_demanded(function, *arguments):"),
-    ("09-crf", 'large = F.interpolate(image[None].float(), (375, 500), mode="bilinear").byte()[0]'),
+    ("09-crf", "large = F.interpolate("),
+    ("11-performance", "device = default_device()"),
+    ("11-performance", "seconds = {}"),
     ("12-own-data", "device = default_device()"),
 }
 """Cells whose output nbval doesn't compare: times, hardware, another library's messages.
