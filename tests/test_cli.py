@@ -70,6 +70,7 @@ def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
         classify=stage,
         stage1=stage,
         stage2=stage,
+        single=stage,
     )
     monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: small)
 
