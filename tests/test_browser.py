@@ -125,6 +125,8 @@ def test_label_maps_keep_their_colours(view: View) -> None:
 def test_axe_finds_no_serious_violation(view: View) -> None:
     """Of tokens of code in one colour on one ground, axe looks at one: each costs it a while."""
     axe = pytest.importorskip("axe_playwright_python.base")
+    # Back from paper, colours fade into those of the screen; look at them when they are there.
+    view.page.add_style_tag(content="* { transition: none !important; }")
     view.page.evaluate(
         """() => {
             const seen = new Set();
