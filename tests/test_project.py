@@ -33,7 +33,7 @@ FIGURE = re.compile(r"^([`:]{3,})\{(?:figure|image)\}[^\n]*\n(.*?)^\1", re.MULTI
 MARKDOWN_IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)[^)]*\)")
 MARKDOWN_LINK = re.compile(r"(?<!!)\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\(([^)\s]+)\)")
 HTML_IMAGE = re.compile(r"<img\b[^>]*>", re.IGNORECASE)
-MACHINE_PATH = re.compile(r"(?:/home/|/Users/|/root/|/work/|/tmp/|[A-Z]:\\\\Users)[^\s\"']*")
+MACHINE_PATH = re.compile(r"(?<![\w/.:+=<~-])/[A-Za-z]{3,}/[\w.-]+[^\s\"']*|\b[A-Z]:\\+\w+")
 
 
 def by_name(paths: list[Path]):
@@ -202,6 +202,13 @@ def test_a_notebook_describes_the_pictures_it_draws(path: Path) -> None:
 @by_name([*TEXTS, *NOTEBOOKS])
 def test_no_path_of_a_machine_is_left(path: Path) -> None:
     assert MACHINE_PATH.findall(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_path_of_a_machine_is_found() -> None:
+    for text in ("saved to /some/where/weights", '"/some/where"', r"C:\\some\\where"):
+        assert MACHINE_PATH.search(text), text
+    for text in ("https://some.org/where/it/is", "and/or", "runs/stage1/log.csv", "</some>"):
+        assert not MACHINE_PATH.search(text), text
 
 
 @by_name(NOTEBOOKS)
