@@ -50,7 +50,7 @@ class Recipe:
     stage1: StageConfig
     stage2: StageConfig
     single: StageConfig | None = None  # FCN-8s, DeconvNet on whole images; by default as stage 1
-    classify: StageConfig | None = None  # for networks that don't start from ImageNet
+    classify: StageConfig | None = None  # where ImageNet gives no weights for fc6 and fc7
     inference: InferenceConfig = InferenceConfig()
     edge_boxes: EdgeBoxesConfig = EdgeBoxesConfig()
     crf: CRFConfig = CRFConfig()
@@ -96,6 +96,8 @@ def compact() -> Recipe:
         model=ModelConfig.compact(),
         fcn=FCNConfig.compact(),
         instances=InstanceConfig(resize=107, crop=96),  # the paper's 250 to 224
+        # fc6 and fc7 are too narrow to take VGG-16's, so they learn to classify on their own
+        classify=replace(stage, batch_size=32, micro_batch=32, frozen_blocks=5),
         stage1=stage,
         stage2=stage,
         inference=InferenceConfig(include_whole_image=True, precision="auto"),

@@ -197,7 +197,12 @@ def test_each_stage_has_its_settings() -> None:
     compact = recipes.compact()
     assert recipes.default_settings(compact, "fcn") == compact.stage1
     with pytest.raises(ValueError, match="starts from ImageNet weights; pass vgg16"):
-        recipes.default_settings(compact, "classify")
+        recipes.default_settings(recipes.voc2012(), "classify")
+
+
+def test_the_compact_classifier_leaves_the_encoder_as_imagenet_made_it() -> None:
+    compact = recipes.compact()
+    assert compact.classify.frozen_blocks == len(compact.model.widths)
 
 
 def test_train_stage_passes_on_what_the_recipe_says(
