@@ -17,6 +17,7 @@ from deconvnet import recipes
 from deconvnet.crf import CRFConfig
 from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_labels
 from deconvnet.files import atomic_write
+from deconvnet.folders import open_dataset
 from deconvnet.inference import InferenceConfig, Predictor
 from deconvnet.instances import CropDataset
 from deconvnet.plotting import overlay, show_prediction
@@ -165,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("image", type=Path, nargs="?")
     sub.add_argument("-o", "--out", type=Path, help="JSON of boxes and scores")
-    sub.add_argument("--data", type=Path, help="data set in VOC's layout")
+    sub.add_argument("--data", type=Path, help="data set, see deconvnet.folders")
     sub.add_argument("--split", default="train")
     sub.add_argument("--limit", type=int, help="only the first so many images")
     sub.add_argument("--cache", type=Path, help="cache folder (with --data)")
@@ -187,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_data(sub: argparse.ArgumentParser, split: str) -> None:
-    sub.add_argument("--data", type=Path, required=True, help="data set in VOC's layout")
+    sub.add_argument("--data", type=Path, required=True, help="data set, see deconvnet.folders")
     sub.add_argument("--split", default=split, help=f"({split})")
     sub.add_argument("--dataset-name", help="how records call the data (the folder's name)")
 
@@ -249,8 +250,8 @@ def run_data(options: argparse.Namespace) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """``deconvnet train``."""
     recipe = recipes.RECIPES[options.recipe]()
-    dataset = VOCDataset(options.data, options.split, decode_cache=True, limit=options.limit)
-    validation = VOCDataset(options.data, options.val_split, decode_cache=True, limit=128)
+    dataset = open_dataset(options.data, options.split, decode_cache=True, limit=options.limit)
+    validation = open_dataset(options.data, options.val_split, decode_cache=True, limit=128)
     crops, checks = (
         recipes.stage_crops(
             recipe,
@@ -324,8 +325,9 @@ def run_segment(options: argparse.Namespace) -> None:
     predictor = _predictor(options)
     prediction = predictor(options.image)
     picture = options.overlay or options.out.with_name(f"{options.out.stem}-overlay.png")
-    write_label_map(options.out, prediction.labels)
-    write_image(picture, overlay(prediction.image, prediction.labels))
+    colours = prediction.class_colours
+    write_label_map(options.out, prediction.labels, colours)
+    write_image(picture, overlay(prediction.image, prediction.labels, colours=colours))
     names = predictor.class_names
     shares = {
         names[c] if names else str(c): (prediction.labels == c).float().mean().item()
@@ -338,7 +340,7 @@ def run_segment(options: argparse.Namespace) -> None:
 def run_evaluate(options: argparse.Namespace) -> None:
     """``deconvnet evaluate``."""
     predictor = _predictor(options)
-    dataset = VOCDataset(options.data, options.split, limit=options.limit)
+    dataset = open_dataset(options.data, options.split, limit=options.limit)
     _check_classes(predictor, dataset)
     boxes = None
     if predictor.deconvnet is not None and predictor.edge_boxes is not None:
@@ -386,7 +388,7 @@ def run_proposals(options: argparse.Namespace) -> None:
         return
     if options.cache is None:
         raise ValueError("--data needs --cache, the folder that receives the boxes")
-    dataset = VOCDataset(options.data, options.split, limit=options.limit)
+    dataset = open_dataset(options.data, options.split, limit=options.limit)
     every = _proposals(dataset, settings, options.cache, options)
     print(f"{sum(len(p.boxes) for p in every)} boxes of {len(every)} images in {options.cache}")
 

@@ -225,6 +225,7 @@ class Prediction:
     labels: Tensor  # uint8 [H, W]
     probabilities: Tensor  # of the last stage that ran
     class_names: tuple[str, ...] | None = None
+    class_colours: Tensor | None = None  # uint8 [C, 3], RGB
     proposals: Proposals | None = None  # all that were found, the best one first
     boxes: Tensor | None = None  # float32 [M, 4], those that were segmented, enlarged
     deconvnet_scores: Tensor | None = None
@@ -292,6 +293,8 @@ class Predictor:
         self.config, self.edge_boxes, self.crf = config, edge_boxes, crf
         self.edge_model = edge_model
         self.class_names = None if names is None else tuple(names)
+        colours = getattr(networks[0], "metadata", {}).get("class_colours")
+        self.class_colours = None if colours is None else torch.tensor(colours, dtype=torch.uint8)
 
     @classmethod
     def from_pretrained(cls, name: str = "shapes", **options: Any) -> Predictor:
@@ -368,7 +371,8 @@ class Predictor:
             probabilities = dense_crf(image.to(self.device), probabilities, self.crf)
             found["crf_probabilities"] = probabilities
         labels = probabilities.argmax(0).to("cpu", torch.uint8)
-        return Prediction(image, labels, probabilities, self.class_names, **found)
+        known = self.class_names, self.class_colours
+        return Prediction(image, labels, probabilities, *known, **found)
 
     def _deconvnet(self, image: Tensor, proposals: Proposals | Tensor | None) -> dict[str, object]:
         if proposals is None and self.edge_boxes is not None:

@@ -35,13 +35,16 @@ class Figure(matplotlib.figure.Figure):
         return png.getvalue()
 
 
-def overlay(image: Tensor, labels: Tensor, alpha: float = 0.6) -> Tensor:
+def overlay(
+    image: Tensor, labels: Tensor, alpha: float = 0.6, colours: Tensor | None = None
+) -> Tensor:
     """Lays the classes' colours over an image; the background stays as it is.
 
     Args:
         image: ``uint8 [3, H, W]``.
         labels: ``uint8 [H, W]``; 0 and void stay uncoloured, void fades to white.
         alpha: Strength of the colours, from 0 (only the image) to 1 (only colours).
+        colours: ``uint8 [n, 3]`` RGB by label; VOC's by default.
 
     Returns:
         ``uint8 [3, H, W]``.
@@ -56,9 +59,9 @@ def overlay(image: Tensor, labels: Tensor, alpha: float = 0.6) -> Tensor:
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
-    colours = colourise(labels).float()
-    colours[:, labels == VOID] = 255
-    blended = torch.lerp(image.float(), colours, alpha).round().byte()
+    painted = colourise(labels, colours).float()
+    painted[:, labels == VOID] = 255
+    blended = torch.lerp(image.float(), painted, alpha).round().byte()
     return torch.where(labels > 0, blended, image)
 
 
@@ -164,7 +167,7 @@ def show_prediction(
         _draw_boxes(axes, image, prediction.boxes, boxes)
         axes.set_title(f"{min(boxes, len(prediction.boxes))} of {len(prediction.boxes)} boxes")
     for axes, (title, labels) in zip(panels, stages.items()):
-        _draw_labels(axes, image, labels, class_names, 0.6)
+        _draw_labels(axes, image, labels, class_names, 0.6, prediction.class_colours)
         axes.set_title(title)
     return figure
 
@@ -223,9 +226,14 @@ def _draw_boxes(axes: Axes, image: Tensor, boxes: Tensor, count: int) -> None:
 
 
 def _draw_labels(
-    axes: Axes, image: Tensor, labels: Tensor, class_names: Sequence[str] | None, alpha: float
+    axes: Axes,
+    image: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str] | None,
+    alpha: float,
+    colours: Tensor | None = None,
 ) -> None:
-    _draw_image(axes, overlay(image, labels, alpha))
+    _draw_image(axes, overlay(image, labels, alpha, colours))
     for name, x, y, above in name_places(labels, class_names):
         _draw_name(axes, x, y, name, "bottom" if above else "center")
 

@@ -263,6 +263,7 @@ def facts(recipe_name: str, stage: str, dataset: VOCDataset, seed: int) -> dict[
     recipe = RECIPES[recipe_name]()
     return {
         "class_names": list(dataset.class_names),
+        "class_colours": dataset.colours.tolist(),
         "recipe": recipe_name,
         "stage": stage,
         "seed": seed,

@@ -17,11 +17,11 @@ The *k*-th ``<object>`` of an annotation file is the instance numbered *k* (from
 from __future__ import annotations
 
 import io
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +66,8 @@ CLASS_NAMES: tuple[str, ...] = (
 VOID = 255
 """Label of pixels that count neither in a loss nor in a metric."""
 
+CLASS_LINE = re.compile(r"(.+?)(?:\s+#([0-9a-fA-F]{6}))?")  # name, and perhaps #rrggbb
+
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 
 T = TypeVar("T")
@@ -101,11 +103,12 @@ def palette(n: int = 256) -> Tensor:
     return colours.to(torch.uint8)
 
 
-def colourise(labels: Tensor) -> Tensor:
-    """Paint a label map or object map in the VOC colours.
+def colourise(labels: Tensor, colours: Tensor | None = None) -> Tensor:
+    """Paint a label map or object map.
 
     Args:
         labels: ``uint8 [H, W]``.
+        colours: ``uint8 [n, 3]`` RGB of the first labels; the rest, or all, are VOC's.
 
     Returns:
         ``uint8 [3, H, W]`` RGB.
@@ -114,7 +117,14 @@ def colourise(labels: Tensor) -> Tensor:
         ValueError: If ``labels`` is not a ``uint8 [H, W]`` tensor.
     """
     _check_label_map(labels)
-    return palette()[labels.long()].permute(2, 0, 1).contiguous()
+    return _all_colours(colours)[labels.long()].permute(2, 0, 1).contiguous()
+
+
+def _all_colours(first: Tensor | None) -> Tensor:
+    colours = palette()
+    if first is not None:
+        colours[: len(first)] = first
+    return colours
 
 
 # ------------------------------------------------------------------------- images and masks
@@ -193,12 +203,13 @@ def read_label_map(path: str | Path, num_classes: int | None = None) -> Tensor:
     return torch.from_numpy(labels)
 
 
-def write_label_map(path: str | Path, labels: Tensor) -> None:
-    """Write a label map or object map as a palette PNG in the VOC colours, atomically.
+def write_label_map(path: str | Path, labels: Tensor, colours: Tensor | None = None) -> None:
+    """Write a label map or object map as a palette PNG, atomically.
 
     Args:
         path: Where to, ending in ``.png``.
         labels: ``uint8 [H, W]``.
+        colours: ``uint8 [n, 3]`` RGB of the first labels; the rest, or all, are VOC's.
 
     Raises:
         ValueError: If ``labels`` has another shape or dtype, or the path another suffix.
@@ -207,7 +218,7 @@ def write_label_map(path: str | Path, labels: Tensor) -> None:
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path}: a label map is lossless, expected the suffix .png")
     image = Image.fromarray(labels.cpu().contiguous().numpy())
-    image.putpalette(_palette_bytes())
+    image.putpalette(_all_colours(colours).numpy().tobytes())
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
@@ -314,6 +325,35 @@ def write_annotations(
     write_atomically(path, ElementTree.tostring(root, encoding="utf-8") + b"\n")
 
 
+def read_classes(path: str | Path) -> tuple[tuple[str, ...], Tensor]:
+    """Read a list of classes: a name a line, background first, and its colour if you like.
+
+    A colour is the last word of its line, as in ``road sign #0072b2``.
+
+    Args:
+        path: The text file.
+
+    Returns:
+        The names by label, and their colours ``uint8 [n, 3]`` RGB; VOC's where none is given.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it does not list 2 to 255 different names.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    found = [CLASS_LINE.fullmatch(line.strip()).groups() for line in lines if line.strip()]
+    names = tuple(name for name, _ in found)
+    if not 2 <= len(names) <= VOID or len(set(names)) != len(names):
+        raise ValueError(
+            f"{path}: expected 2 to {VOID} different class names, background first, got {names}"
+        )
+    colours = palette(len(names))
+    for label, (_, colour) in enumerate(found):
+        if colour is not None:
+            colours[label] = torch.tensor(list(bytes.fromhex(colour)))
+    return names, colours
+
+
 def read_split(root: str | Path, name: str) -> list[str]:
     """Names of the images in a split.
 
@@ -392,6 +432,7 @@ class VOCDataset(Dataset[Sample]):
         root: The folder.
         names: Image names, one an item.
         class_names: Names by label: ``classes.txt`` where the data set has one, else VOC's.
+        colours: Theirs, ``uint8 [n, 3]`` RGB.
 
     Raises:
         FileNotFoundError: If the folder, the split or the mask folder is missing.
@@ -415,10 +456,15 @@ class VOCDataset(Dataset[Sample]):
                 f"{self.root}: expected a folder in VOC's layout, with JPEGImages in it"
             )
         self.names = read_split(self.root, split)[:limit]
-        self.class_names = _read_class_names(self.root)
+        self.class_names, self.colours = CLASS_NAMES, palette(len(CLASS_NAMES))
+        if (self.root / "classes.txt").is_file():
+            self.class_names, self.colours = read_classes(self.root / "classes.txt")
         self.mask_folder = self._find_masks(masks)
+        self._fill_cache(decode_cache)
+
+    def _fill_cache(self, decode: bool) -> None:
         self._cache: list[Sample] | None = None
-        if decode_cache:
+        if decode:
             with ThreadPoolExecutor() as pool:
                 self._cache = list(pool.map(self._read, range(len(self))))
 
@@ -463,33 +509,38 @@ class VOCDataset(Dataset[Sample]):
             objects=self._read_objects(name),
             annotations=self._read_annotations(name),
         )
-        for mask, folder in (
-            (sample.labels, self.mask_folder),
-            (sample.objects, "SegmentationObject"),
+        for mask, path in (
+            (sample.labels, self._mask_file(name)),
+            (sample.objects, self._objects_file(name)),
         ):
             if mask is not None and mask.shape != sample.image.shape[1:]:
                 raise ValueError(
-                    f"{self._file(folder, name, 'png')}: expected the size of "
-                    f"{self._file('JPEGImages', name, 'jpg')}, {list(sample.image.shape[1:])}, "
-                    f"got {list(mask.shape)}"
+                    f"{path}: expected the size of {self._image_file(name)}, "
+                    f"{list(sample.image.shape[1:])}, got {list(mask.shape)}"
                 )
         return sample
 
-    def _file(self, folder: str, name: str, suffix: str) -> Path:
-        return self.root / folder / f"{name}.{suffix}"
+    def _image_file(self, name: str) -> Path:
+        return self.root / "JPEGImages" / f"{name}.jpg"
+
+    def _mask_file(self, name: str) -> Path:
+        return self.root / self.mask_folder / f"{name}.png"
+
+    def _objects_file(self, name: str) -> Path:
+        return self.root / "SegmentationObject" / f"{name}.png"
 
     def _read_image(self, name: str) -> Tensor:
-        return read_image(self._file("JPEGImages", name, "jpg"))
+        return read_image(self._image_file(name))
 
     def _read_labels(self, name: str) -> Tensor:
-        return read_label_map(self._file(self.mask_folder, name, "png"), self.num_classes)
+        return read_label_map(self._mask_file(name), self.num_classes)
 
     def _read_objects(self, name: str) -> Tensor | None:
-        path = self._file("SegmentationObject", name, "png")
+        path = self._objects_file(name)
         return read_label_map(path) if path.is_file() else None
 
     def _read_annotations(self, name: str) -> tuple[Annotation, ...]:
-        path = self._file("Annotations", name, "xml")
+        path = self.root / "Annotations" / f"{name}.xml"
         return tuple(read_annotations(path, self.class_names)) if path.is_file() else ()
 
     def _find_masks(self, masks: str) -> str:
@@ -605,11 +656,6 @@ def _check_label_map(labels: Tensor) -> None:
         raise ValueError(f"labels must be uint8 [H, W], got {labels.dtype} {list(labels.shape)}")
 
 
-@lru_cache(maxsize=1)
-def _palette_bytes() -> bytes:
-    return palette().numpy().tobytes()
-
-
 def _parse_object(
     path: str | Path, node: ElementTree.Element, class_names: Sequence[str]
 ) -> Annotation:
@@ -628,16 +674,3 @@ def _parse_object(
         raise ValueError(f"{path}: expected a box with xmin ≤ xmax and ymin ≤ ymax, got {box}")
     difficult = node.findtext("difficult", "0").strip() == "1"
     return Annotation(tuple(class_names).index(name), box, difficult)
-
-
-def _read_class_names(root: Path) -> tuple[str, ...]:
-    path = root / "classes.txt"
-    if not path.is_file():
-        return CLASS_NAMES
-    lines = path.read_text(encoding="utf-8").splitlines()
-    names = tuple(line.strip() for line in lines if line.strip())
-    if not 2 <= len(names) <= VOID or len(set(names)) != len(names):
-        raise ValueError(
-            f"{path}: expected 2 to {VOID} different class names, background first, got {names}"
-        )
-    return names

@@ -289,7 +289,7 @@ def test_train_bad_input(
 ) -> None:
     out = tmp_path / "run"
     command = train(shapes_root, out)
-    assert "nowhere: expected a folder in VOC's layout" in fails(capsys, *train("nowhere", out))
+    assert "nowhere: expected a data set" in fails(capsys, *train("nowhere", out))
     assert "dev" in fails(capsys, *command, "--split", "dev")
     assert "iterations must be at least 1" in fails(capsys, *command, "--iterations", 0)
     assert "minutes must be positive" in fails(capsys, *command, "--minutes", -1)
