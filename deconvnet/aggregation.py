@@ -102,7 +102,7 @@ class ScoreCanvas:
         self.empty = True
 
     def paste(self, box: Box, scores: Tensor) -> None:
-        """Warps one crop's scores back to its box and adds them.
+        """Warps one crop's scores back to its box and takes them into the map.
 
         Args:
             box: ``(x0, y0, x1, y1)`` in whole pixels; what lies outside the image is dropped.

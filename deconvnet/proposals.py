@@ -166,7 +166,7 @@ def gradient_edges(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def thin(edges: np.ndarray, orientation: np.ndarray, radius: int = 1) -> np.ndarray:
     """Non-maximum suppression: keeps an edge pixel if no neighbour across the edge is stronger.
 
-    Without it Edge Boxes takes minutes, since every pixel of a broad edge is an edge.
+    Without it Edge Boxes takes many times as long: every pixel of a broad edge is an edge.
 
     Args:
         edges: ``float32 [H, W]``.
