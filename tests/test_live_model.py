@@ -99,6 +99,43 @@ def test_the_scene_is_cut_as_the_package_cuts_it(open_page) -> None:
         assert (from_text(crop).view(3, 64, 64).int() - expected).abs().max() <= 1
 
 
+PAINT = """([data, each]) => {
+    const scene = LiveScene(data), crops = [];
+    for (let label = 1; label < data.classNames.length; label++) {
+        for (let i = 0; i < each; i++) {
+            const item = { label, x: 0.5, y: 0.5, size: 0.45, angle: (360 * i) / each };
+            item.seed = 100 * label + i;
+            const { pixels, covers } = scene.paint({ ground: i, items: [item] });
+            const box = scene.expand(scene.boxOf(covers[0]), 1.2);
+            crops.push(btoa(String.fromCharCode(...scene.crop(pixels, box, 64))));
+        }
+    }
+    return crops;
+}"""
+
+
+def test_the_network_succeeds_as_often_as_the_page_says(open_page) -> None:
+    page = (ROOT / "book" / "playground.md").read_text(encoding="utf-8")
+    told = re.search(r"Over (\d+) scenes .* in (\d+) of 100", page, re.S)
+    data = json.loads((LIVE / "scene.json").read_text(encoding="utf-8"))
+    names = data["classNames"][1:]
+    painted = open_page(PAGE).evaluate(PAINT, [data, int(told[1]) // len(names)])
+    assert len(painted) == int(told[1])
+    crops = torch.stack([from_text(crop) for crop in painted]).view(-1, 3, 64, 64)
+    network = load_model(pretrained("shapes-deconvnet"))
+    with torch.no_grad():
+        labels = torch.cat([network(part).argmax(1) for part in crops.split(48)])
+    pixels = torch.stack([(labels == k).sum((1, 2)) for k in range(1, len(names) + 1)], 1)
+    shapes = torch.arange(len(names)).repeat_interleave(len(crops) // len(names))
+    right = (pixels.argmax(1) == shapes) & (pixels.amax(1) > 0)
+    assert abs(100 * right.double().mean() - int(told[2])) < 2  # browsers smooth edges differently
+    share = dict(zip(names, right.view(len(names), -1).double().mean(1).tolist()))
+    often = {"disc", "ring", "square", "frame", "triangle", "star", "cross"}
+    assert min(share[name] for name in often) > 0.9
+    assert max(share["arrow"], share["heart"]) < 0.8
+    assert share["key"] == 0
+
+
 def test_by_keyboard_alone(open_page) -> None:
     page = open_page(PAGE)
     page.get_by_role("button", name=re.compile("Load the network")).focus()
