@@ -6,9 +6,10 @@ Not collected by pytest, since it downloads; ``make colab`` and the weekly run c
     python tests/colab_like.py --borrow 05 12      # two, beside this environment's PyTorch
 
 What is real: pip clones and installs what the set-up cell names, from a copy of this working tree
-to which git redirects the repository's address; the working directory is an empty folder
-elsewhere, and has to stay empty. What is not: ``google.colab`` is an empty module, and the
-packages that Colab brings are the newest instead of Colab's own.
+to which the repository's addresses are redirected, git's and that of its raw files; the working
+directory is an empty folder elsewhere, and has to stay empty. What is not: ``google.colab`` has
+nothing in it but that redirection, and the packages that Colab brings are the newest instead of
+Colab's own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,25 @@ PREINSTALLED = (
     "scikit-image", "tqdm", "ipykernel", "ipywidgets",
 )  # fmt: skip
 """Of what Colab brings, the packages that chapters use or that are costly to install."""
+
+COLOURS = re.compile("\x1b\\[[0-9;]*m")  # of a traceback in a terminal
+
+GOOGLE_COLAB = """
+import urllib.request, urllib.response
+
+class FromTheTree(urllib.request.BaseHandler):
+    handler_order = 100  # before the handler that asks the network
+
+    def https_open(self, request):
+        if not request.full_url.startswith({raw!r}):
+            return None
+        file = open({tree!r} + request.full_url.removeprefix({raw!r}), "rb")
+        response = urllib.response.addinfourl(file, {{}}, request.full_url, 200)
+        response.msg = "OK"
+        return response
+
+urllib.request.install_opener(urllib.request.build_opener(FromTheTree))
+"""
 
 LAST_CELL = """
 import deconvnet, sys, torch
@@ -68,7 +89,7 @@ def main() -> int:
                 colab.run(path)
             except Exception as error:  # whatever a cell raised
                 failed.append(path.name)
-                print(f"{path.name}: {error}", file=sys.stderr)
+                print(f"{path.name}: {COLOURS.sub('', str(error))}", file=sys.stderr, flush=True)
             else:
                 print(f"{path.name}: ran in {time.perf_counter() - start:.0f} s", flush=True)
     return 1 if failed else 0
@@ -88,11 +109,10 @@ class Colab:
             (self.packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
         else:
             self.pip("install", *PREINSTALLED)
-        (self.packages / "google" / "colab").mkdir(parents=True)
-        (self.packages / "google" / "colab" / "__init__.py").touch()
-        (self.packages / "colab.pth").write_text("import google.colab\n")
         self.torch = self.ask("import torch; print(torch.__version__)")
-        self.write_kernel(self.copy_of_the_tree())
+        repository = self.copy_of_the_tree()
+        self.write_google_colab(repository)
+        self.write_kernel(repository)
 
     def ask(self, code: str) -> str:
         command = [self.python, "-c", code]
@@ -115,6 +135,15 @@ class Colab:
         for command in (("init", "--quiet"), ("add", "."), (*who, "commit", "-qm", "the tree")):
             subprocess.run(("git", *command), cwd=copy, check=True)
         return copy
+
+    def write_google_colab(self, repository: Path) -> None:
+        """The module that a set-up cell looks for, imported before the first cell, as in Colab."""
+        place = self.packages / "google" / "colab"
+        place.mkdir(parents=True)
+        raw = REPOSITORY.replace("://github.com", "://raw.githubusercontent.com") + "/main"
+        code = GOOGLE_COLAB.format(raw=raw, tree=str(repository))
+        (place / "__init__.py").write_text(code)
+        (self.packages / "colab.pth").write_text("import google.colab\n")
 
     def write_kernel(self, repository: Path) -> None:
         environment = {
