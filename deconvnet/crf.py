@@ -10,7 +10,8 @@ draws label boundaries to image edges. Mean field replaces the distribution over
 independent pixels ``Q_i``, and updates all of them at once until they agree.
 
 Source: Krähenbühl and Koltun, *Efficient Inference in Fully Connected CRFs with Gaussian Edge
-Potentials*, NIPS 2011. Parameters mean what they mean in ``pydensecrf``.
+Potentials*, NIPS 2011. Parameters mean what they mean in ``pydensecrf``; its own names are in
+:mod:`deconvnet.densecrf`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.gaussian import MAX_EXACT_PIXELS, ExactFilter, Filter, GridGaussian
-from deconvnet.permutohedral import PermutohedralLattice
+from deconvnet.permutohedral import lattice_filter
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 METHODS = ("auto", "exact", "lattice")
@@ -194,7 +195,6 @@ class PairwiseKernel:
             norm = norm.sqrt()
         self.scale_in = ones if normalization == "after" else norm
         self.scale_out = ones if normalization == "before" else norm
-        self._wide_scales: dict[int, tuple[Tensor, Tensor]] = {}
         learned = isinstance(weight, Tensor)
         self._can_fold = hasattr(filter, "scaled") and self_message and not learned
         self._folded: Filter | None = None  # the filter with both scales in its own weights
@@ -210,26 +210,16 @@ class PairwiseKernel:
         """
         if self._can_fold and not values.requires_grad:
             return self._folded_filter()(values)  # the same, with both scales in its own weights
-        scale_in, scale_out = self._scales(values.shape[1])
-        sent = values * scale_in
+        sent = values * self.scale_in
         heard = self.filter(sent)
         if not self.self_message:
             heard = heard - sent
-        return heard * scale_out
+        return heard * (self.scale_out * self.weight)
 
     def _folded_filter(self) -> Filter:
         if self._folded is None:
             self._folded = self.filter.scaled(self.scale_in, self.scale_out * self.weight)
         return self._folded
-
-    def _scales(self, labels: int) -> tuple[Tensor, Tensor]:
-        scales = self.scale_in, self.scale_out * self.weight
-        if labels >= SHORT_ROW or scales[1].requires_grad:
-            return scales
-        if labels not in self._wide_scales:
-            wide = tuple(scale.expand(-1, labels).contiguous() for scale in scales)
-            self._wide_scales[labels] = wide
-        return self._wide_scales[labels]
 
 
 def pairwise_kernels(
@@ -277,7 +267,7 @@ def pairwise_kernels(
         add(ExactFilter(positions) if exact else GridGaussian(*size, sigma), gaussian_weight)
     if weights is not None or config.bilateral_weight:
         features = bilateral_features(image, config.bilateral_sigma, config.bilateral_sigma_rgb)
-        filter = (ExactFilter if exact else PermutohedralLattice)(features.to(ones))
+        filter = (ExactFilter if exact else lattice_filter)(features.to(ones))
         add(filter, bilateral_weight)
     return kernels
 

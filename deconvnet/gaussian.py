@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Filter = Callable[[Tensor], Tensor]  # values [N, C] to sums over all points [N, C]
-MAX_EXACT_PIXELS = 50 * 50  # up to here exact inference takes well under a second on a CPU
+MAX_EXACT_PIXELS = 64 * 64  # up to here exact inference takes about half a second on a CPU
 
 
 class LinearFilter(torch.autograd.Function):
@@ -82,29 +82,63 @@ class GridGaussian:
         """Filter values ``[H * W, C]`` to the same shape."""
         if self.sigma < 2:
             return self._convolve(values)
-        return LinearFilter.apply(values, self._down_and_up, self._down_and_up)
+        return LinearFilter.apply(values, self._filter, self._filter)
 
-    def _down_and_up(self, values: Tensor) -> Tensor:
-        key = values.device, values.dtype
-        if key not in self._built:
-            self._built[key] = [matrix.to(*key) for matrix in self._matrices()]
-        down_y, down_x, up_x, up_y = self._built[key]
+    def scaled(self, scale_in: Tensor, scale_out: Tensor) -> Filter:
+        """The filter between two multiplications, for the price of the filter alone.
+
+        Args:
+            scale_in: ``[H * W, 1]``, for the values before they are filtered: a product of one
+                factor for every row of the image and one for every column, as this filter's own
+                sum over all pixels is.
+            scale_out: ``[H * W, 1]``, likewise, for the sums.
+
+        Returns:
+            A filter that is not differentiable.
+        """
+        if self.sigma < 2:
+            return lambda values: self._convolve(values * scale_in) * scale_out
+
+        def factors(scale: Tensor) -> tuple[Tensor, Tensor]:
+            scale = scale.view(self.size)
+            return scale[:, 0], scale[0] / scale[0, 0]
+
+        down_y, down_x, up_x, up_y = self._matrices(scale_in)
+        (in_y, in_x), (out_y, out_x) = factors(scale_in), factors(scale_out)
+        rows = len(down_y.index)
+        matrices = [
+            down_y._replace(weight=down_y.weight * in_y[down_y.index]),
+            down_x._replace(weight=down_x.weight * in_x.repeat(rows)[down_x.index]),
+            up_x._replace(weight=up_x.weight * out_x.repeat(rows)[:, None]),
+            up_y._replace(weight=up_y.weight * out_y[:, None]),
+        ]
+        return lambda values: self._down_and_up(values.contiguous(), matrices)
+
+    def _filter(self, values: Tensor) -> Tensor:
+        return self._down_and_up(values, self._matrices(values))
+
+    def _down_and_up(self, values: Tensor, matrices: list[_Matrix]) -> Tensor:
+        down_y, down_x, up_x, up_y = matrices
         shape, (height, _) = values.shape, self.size
         coarse = down_y(values.view(height, -1))  # whole rows of the image at a time
         fine = up_x(down_x(coarse.view(-1, shape[1])))
         return up_y(fine.view(len(coarse), -1)).view(shape)
 
-    def _matrices(self) -> list[_Matrix]:
-        height, width = self.size
-        down_y, up_y = _square_root(height, self.sigma)
-        down_x, up_x = _square_root(width, self.sigma)
-        rows = len(down_y.index)
-        return [
-            down_y,
-            down_x.for_every_row(rows, width),
-            up_x.for_every_row(rows, len(down_x.index)),
-            up_y,
-        ]
+    def _matrices(self, values: Tensor) -> list[_Matrix]:
+        key = values.device, values.dtype
+        if key not in self._built:
+            height, width = self.size
+            down_y, up_y = _square_root(height, self.sigma)
+            down_x, up_x = _square_root(width, self.sigma)
+            rows = len(down_y.index)
+            matrices = (
+                down_y,
+                down_x.for_every_row(rows, width),
+                up_x.for_every_row(rows, len(down_x.index)),
+                up_y,
+            )
+            self._built[key] = [matrix.to(*key) for matrix in matrices]
+        return self._built[key]
 
     def _convolve(self, values: Tensor) -> Tensor:
         height, width = self.size

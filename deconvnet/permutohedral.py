@@ -23,6 +23,8 @@ from torch import Tensor
 
 from deconvnet.gaussian import Filter, LinearFilter
 
+MIN_ALONE = 0.25  # share of points without an audience from which leaving them out pays
+
 # glibc returns larger blocks to the system at once, and fresh pages cost more than the arithmetic.
 MAX_BUFFER_BYTES = 2**25 - 2**16
 
@@ -180,6 +182,24 @@ class PermutohedralLattice:
         total = base.sum(dim=1, keepdim=True)
         return torch.cat([total - (base.shape[1] + 1) * base, total], dim=1)
 
+    def points_at_vertices(self) -> Tensor:
+        """How many points touch each vertex: int32 ``[M]``."""
+        return self._splat_starts.diff()
+
+    def alone(self) -> Tensor:
+        """Which points nobody hears, and who hear nobody: bool ``[N]``.
+
+        No other point touches their simplex, nor a vertex next to it.
+        """
+        touching = self.points_at_vertices()
+        neighbours = torch.zeros_like(touching)
+        for before, _, after in (n[:-1].unbind(dim=1) for n in self.neighbours):
+            neighbours += before < self.num_vertices
+            neighbours += after < self.num_vertices
+        # A simplex closes a ring: each corner is a step away from two others.
+        quiet = (touching == 1) & (neighbours == 2)
+        return quiet.index_select(0, self.corners.flatten()).view_as(self.corners).all(dim=1)
+
     def splat(self, values: Tensor) -> Tensor:
         """Spread the points' values ``[N, C]`` over the vertices, ``[M + 1, C]``."""
         return F.embedding_bag(
@@ -239,6 +259,78 @@ class PermutohedralLattice:
             ],
             dim=1,
         )
+
+
+class ThinnedLattice:
+    """The lattice without the points that are alone, which hear nothing but themselves.
+
+    In a noisy image, or with narrow kernels, most pixels may have no lookalike. Each of them
+    occupies ``d + 1`` vertices of its own only to get its value back, times a number. Without
+    them the lattice is the same for all others, and smaller.
+
+    Args:
+        lattice: the complete lattice.
+        features: those of its points, ``[N, d]``.
+
+    Attributes:
+        num_vertices: number of vertices that are left.
+    """
+
+    def __init__(self, lattice: PermutohedralLattice, features: Tensor) -> None:
+        alone = lattice.alone()
+        own = lattice(torch.ones_like(features[:, :1]))
+        self._own = torch.where(alone[:, None], own, 0)  # what the lone points hear
+        self._crowd = (~alone).nonzero().flatten()
+        self._points = torch.arange(len(alone), dtype=torch.int32, device=alone.device)[:, None]
+        self._lattice = PermutohedralLattice(features[self._crowd]) if len(self._crowd) else None
+        self.num_vertices = self._lattice.num_vertices if self._lattice else 0
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Filter values ``[N, C]``, of the features' dtype, to the same shape."""
+        return LinearFilter.apply(values, self._filter, self._transpose)
+
+    def scaled(self, scale_in: Tensor, scale_out: Tensor) -> Filter:
+        """The filter between two multiplications, see :meth:`PermutohedralLattice.scaled`."""
+        thinned = copy.copy(self)
+        thinned._own = self._own * scale_in * scale_out
+        if self._lattice is None:
+            return thinned._filter
+        filter = self._lattice.scaled(scale_in[self._crowd], scale_out[self._crowd])
+        return lambda values: thinned._join(values, filter)
+
+    def _filter(self, values: Tensor) -> Tensor:
+        return self._join(values, self._lattice and self._lattice._filter)
+
+    def _transpose(self, values: Tensor) -> Tensor:
+        return self._join(values, self._lattice and self._lattice._transpose)
+
+    def _join(self, values: Tensor, filter: Filter | None) -> Tensor:
+        # A matrix with one entry a row: faster than a product where rows are short.
+        heard = F.embedding_bag(
+            self._points, values.contiguous(), mode="sum", per_sample_weights=self._own
+        )
+        if filter is None:
+            return heard
+        return heard.index_copy_(0, self._crowd, filter(values.index_select(0, self._crowd)))
+
+
+def lattice_filter(features: Tensor) -> PermutohedralLattice | ThinnedLattice:
+    """The permutohedral lattice of these points, thinned where that pays.
+
+    Args:
+        features: float ``[N, d]``, each feature divided by its standard deviation.
+
+    Raises:
+        ValueError: as :class:`PermutohedralLattice`.
+    """
+    lattice = PermutohedralLattice(features)
+    # Whoever is alone has all corners to himself: a cheap question first.
+    own_vertices = (lattice.points_at_vertices() == 1).sum()
+    if own_vertices < MIN_ALONE * lattice.corners.numel():
+        return lattice
+    if lattice.alone().double().mean() < MIN_ALONE:
+        return lattice
+    return ThinnedLattice(lattice, features)
 
 
 def _self_weight(barycentric: Tensor) -> Tensor:

@@ -610,9 +610,18 @@ def test_pruned_iterations_can_be_watched():
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_scales_in_the_lattices_weights_change_nothing(normalization):
+@pytest.mark.parametrize(
+    "only",
+    [
+        {"gaussian_weight": 0, "bilateral_sigma_rgb": 8.0},
+        {"gaussian_weight": 0, "bilateral_sigma": 2.0, "bilateral_sigma_rgb": 1.0},  # thinned
+        {"bilateral_weight": 0},
+        {"bilateral_weight": 0, "gaussian_sigma": 1.0},
+    ],
+)
+def test_scales_in_the_filters_weights_change_nothing(normalization, only):
     image, probabilities, _ = picture(20, 24)
-    config = CRFConfig(normalization=normalization, gaussian_weight=0, bilateral_sigma_rgb=8.0)
+    config = CRFConfig(**{"normalization": normalization} | only)
     (kernel,) = pairwise_kernels(image, config, "lattice", torch.float64)
     values = probabilities.flatten(1).T.double()
     folded = kernel.message(values)

@@ -9,7 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deconvnet.permutohedral import PermutohedralLattice, embedding, enclosing_simplex
+from deconvnet.permutohedral import (
+    PermutohedralLattice,
+    ThinnedLattice,
+    embedding,
+    enclosing_simplex,
+    lattice_filter,
+)
 
 
 def random_points(count: int, dimensions: int, scale: float, seed: int = 0) -> torch.Tensor:
@@ -239,6 +245,57 @@ def test_far_points_do_not_hear_each_other():
     heard = lattice(torch.tensor([[1.0], [0.0]]))
     assert heard[0] > 0.8
     assert heard[1] == 0
+
+
+# --- points that are alone ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", [0.5, 3.0, 6.0])
+def test_points_are_alone_if_nobody_is_at_or_next_to_their_corners(dimensions, scale):
+    lattice = PermutohedralLattice(random_points(50, dimensions, scale))
+    corners = [
+        {tuple(vertex) for vertex in simplex}
+        for simplex in lattice.vertices[lattice.corners.long()].tolist()
+    ]
+    around = [
+        simplex
+        | {
+            tuple(np.add(vertex, sign * direction))
+            for vertex in simplex
+            for direction in directions(dimensions)
+            for sign in (-1, 1)
+        }
+        for simplex in corners
+    ]
+    expected = [
+        all(around[i].isdisjoint(corners[j]) for j in range(50) if j != i) for i in range(50)
+    ]
+    assert lattice.alone().tolist() == expected
+
+
+@pytest.mark.parametrize("scale", [0.5, 6.0, 9.0, 60.0])  # nobody, some, most, all are alone
+def test_thinned_lattice_is_the_same_filter(scale):
+    features = random_points(200, 3, scale)
+    lattice = PermutohedralLattice(features)
+    thinned = ThinnedLattice(lattice, features)
+    alone = int(lattice.alone().sum())
+    assert thinned.num_vertices == lattice.num_vertices - 4 * alone
+    matrix = as_matrix(lattice, 200).numpy()
+    np.testing.assert_allclose(as_matrix(thinned, 200), matrix, atol=1e-12)
+    scales = torch.rand(2, 200, 1, dtype=torch.float64)
+    scaled = scales[1].numpy() * matrix * scales[0, :, 0].numpy()
+    np.testing.assert_allclose(as_matrix(thinned.scaled(*scales), 200), scaled, atol=1e-12)
+    values = random_points(200, 2, 1.0).requires_grad_()
+    (gradient,) = torch.autograd.grad(thinned(values)[:, 0].square().sum(), values)
+    expected = 2 * matrix.T @ (matrix @ values.detach().numpy())[:, 0]
+    np.testing.assert_allclose(gradient[:, 0], expected, atol=1e-12)
+
+
+def test_the_lattice_is_thinned_where_many_are_alone():
+    crowd, scattered = random_points(100, 5, 0.5), random_points(100, 5, 20.0)
+    assert isinstance(lattice_filter(crowd), PermutohedralLattice)
+    assert isinstance(lattice_filter(scattered), ThinnedLattice)
 
 
 def test_gradient_flows_to_values():
