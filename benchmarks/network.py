@@ -9,19 +9,28 @@ which does other things slows all of them down; the best of the rounds counts.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import time
+import resource
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter as now
 
 import torch
 from torch import Tensor, nn
 
-from deconvnet.deployment import prepare_for_inference
-from deconvnet.evaluation import provenance
-from deconvnet.files import atomic_write
+from deconvnet.deployment import (
+    ConvolutionOfAll,
+    DeconvolutionToAll,
+    WinogradConvolution,
+    prepare_for_inference,
+)
+from deconvnet.evaluation import provenance, record
 from deconvnet.hardware import autocast, choose_precision, default_device
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.shapes import make_scene
+from deconvnet.weights import load_model, pretrained
 
 
 class PlainPort(nn.Module):
@@ -63,27 +72,39 @@ def main() -> None:
     model = untrained_but_lively(DeconvNet(config)).to(device).eval()
     crops = natural_crops(options.crops, config.input_size).to(device)
 
-    half = best_dtype != torch.float32
-    steps: dict[str, Callable[[Tensor], Tensor]] = {"plain port": PlainPort(model)}
     # the book's network shares its weights with the plain port, but has them channels-last
-    book = DeconvNet(config)
-    book.load_state_dict(model.state_dict())
-    steps["the book's network"] = book.to(device, memory_format=torch.channels_last).eval()
-    steps["folded and turned"] = prepare_for_inference(model)
-    if half:
-        steps["in 16 bits (autocast)"] = with_autocast(book, device, best_dtype)
-        steps["folded, turned, in 16 bits"] = prepare_for_inference(model, best_dtype)
+    book = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    steps: dict[str, Callable[[Tensor], Tensor]] = {
+        "plain port": PlainPort(model),
+        "channels-last, switches": book,
+        "folded, turned": prepare_for_inference(model, rules=3),
+    }
+    if device.type == "cpu":
+        steps["in parts"] = prepare_for_inference(model, rules=4)
+        steps["fewer multiplications"] = prepare_for_inference(model)
+    exact = list(steps)[-1]
+    if best_dtype != torch.float32:
+        steps["16 bits, autocast only"] = with_autocast(book, device, best_dtype)
+        steps["all, in 16 bits"] = prepare_for_inference(model, best_dtype)
 
-    with torch.inference_mode():  # the first call also warms up
-        scores = {name: step(crops[: options.batch]).float() for name, step in steps.items()}
+    with torch.inference_mode():  # warms up
+        for step in steps.values():
+            step(crops[: options.batch])
     seconds: dict[str, float] = {}
     for _ in range(options.rounds):
         for name, network in steps.items():
             taken = timed(network, crops, options.batch)
             seconds[name] = min(taken, seconds.get(name, taken))
 
-    baseline, reference = seconds["plain port"], scores["plain port"]
-    exact = scores["folded and turned"]
+    layers = {
+        name: parts_of(steps[name], crops[: options.batch]) for name in (exact, list(steps)[-1])
+    }
+    trained = load_model(pretrained("shapes-deconvnet"), device).eval()
+    accuracy = {
+        "trained, tiny": accuracy_of(trained, natural_crops(50, 64).to(device), best_dtype),
+        f"random, {options.recipe}": accuracy_of(model, crops[: options.batch], best_dtype),
+    }
+    baseline = seconds["plain port"]
     fastest = min(seconds, key=seconds.get)
     result = {
         "network": options.recipe,
@@ -91,24 +112,168 @@ def main() -> None:
         "batch": options.batch,
         "dtype": str(best_dtype).removeprefix("torch."),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "ratio_fp32": round(baseline / seconds["folded and turned"], 2),
+        "ratio_fp32": round(baseline / seconds[exact], 2),
         "ratio_best": round(baseline / seconds[fastest], 2),
         "best": fastest,
-        "relative_error_fp32": float((exact - reference).abs().max() / reference.abs().max()),
         "label_agreement": {
-            name: float((scores[name].argmax(1) == reference.argmax(1)).double().mean())
-            for name in steps
+            dtype: found["label_agreement"] for dtype, found in accuracy["trained, tiny"].items()
         },
+        "accuracy": accuracy,
+        "seconds_a_crop_by_part": layers,
+        "gflop_a_crop": round(operations(config), 2),
+        "peak_gflops": {
+            str(dtype).removeprefix("torch."): round(peak(device, dtype), 1)
+            for dtype in dict.fromkeys((torch.float32, best_dtype))
+        },
+        "copy_gigabytes_a_second": round(bandwidth(device), 1),
         **provenance(),
     }
     if options.out:
-        with atomic_write(options.out) as path:
-            path.write_text(json.dumps(result, indent=2) + "\n")
+        record(options.out, **result)
     if options.json:
         print(json.dumps(result))
         return
     for name, value in seconds.items():
         print(f"{name:28} {value:7.2f} s   {baseline / value:5.2f} times the plain port's speed")
+    for weights, found in accuracy.items():
+        for dtype, figures in found.items():
+            print(f"{weights}, {dtype}: {figures}")
+
+
+@torch.inference_mode()
+def accuracy_of(model: DeconvNet, crops: Tensor, best_dtype: torch.dtype) -> dict[str, dict]:
+    """How far the prepared network's scores and labels are from the plain one's.
+
+    Rounding moves a switch where two values of a window are nearly equal, and then a value lands
+    one pixel away. ``same_switches`` says what is left when both use the plain network's.
+    """
+    expected = model(crops)
+    _, switches = model.encoder(model.normalise(crops))
+    found = {}
+    for dtype in dict.fromkeys((torch.float32, best_dtype)):
+        fast = prepare_for_inference(model, dtype)
+        pooled, places = fast.encoder(fast.normalise(crops))
+        drawn = fast.fc6_deconv(fast.fc7(fast.fc6(pooled[-1])))
+        same, moved = (fast.score(fast.decoder(drawn, s)).float() for s in (switches, places))
+        apart = sum(int((a != b).sum()) for a, b in zip(switches, places))
+        found[str(dtype).removeprefix("torch.")] = {
+            "label_agreement": agreement(moved, expected),
+            "relative_error": relative_error(moved, expected),
+            "same_switches": {
+                "label_agreement": agreement(same, expected),
+                "relative_error": relative_error(same, expected),
+            },
+            "switches_moved": apart / sum(s.numel() for s in switches),
+        }
+    return found
+
+
+def agreement(scores: Tensor, expected: Tensor) -> float:
+    """Share of pixels with the same label."""
+    return float((scores.argmax(1) == expected.argmax(1)).double().mean())
+
+
+def relative_error(scores: Tensor, expected: Tensor) -> float:
+    """Root of the mean square error, by the scores' standard deviation."""
+    return float((scores - expected).square().mean().sqrt() / expected.std())
+
+
+def parts_of(network: nn.Module, crops: Tensor) -> dict[str, float]:
+    """Seconds a crop that each kind of layer takes, the best of three passes."""
+    if crops.is_cuda:
+        return {}
+    kinds = {
+        nn.Conv2d: "direct convolutions",
+        WinogradConvolution: "Winograd's convolutions",
+        ConvolutionOfAll: "fc layers",
+        DeconvolutionToAll: "fc layers",
+        nn.ReLU: "ReLU",
+    }
+    clock: dict[str, float] = {}
+    hooks = []
+    for layer in network.modules():
+        kind = kinds.get(type(layer))
+        if kind is not None:
+            hooks.append(layer.register_forward_pre_hook(lambda *_: started.append(now())))
+            hooks.append(
+                layer.register_forward_hook(
+                    lambda *_, kind=kind: spent.__setitem__(
+                        kind, spent.get(kind, 0) + now() - started.pop()
+                    )
+                )
+            )
+    best = float("inf")
+    for _ in range(3):
+        started: list[float] = []
+        spent: dict[str, float] = {}
+        taken = timed(network, crops, len(crops))
+        if taken < best:
+            rest = taken - sum(spent.values())
+            best, clock = taken, {**spent, "pooling, unpooling, rest": rest}
+    for hook in hooks:
+        hook.remove()
+    return {kind: round(value / len(crops), 5) for kind, value in clock.items()}
+
+
+def operations(config: ModelConfig) -> float:
+    """Multiplications and additions of one crop, directly counted, in units of 10^9."""
+    total = 0
+    with torch.device("meta"):
+        model = DeconvNet(config).eval()
+
+    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal total
+        seen = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        total += 2 * layer.weight.numel() * seen[0, 0].numel()
+
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.register_forward_hook(count)
+    size = config.input_size
+    model(torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta"))
+    return total / 1e9
+
+
+def peak(device: torch.device, dtype: torch.dtype, size: int = 256, crops: int = 16) -> float:
+    """The hardware's peak as far as a program can reach it, in 10^9 operations a second.
+
+    The better of a large matrix product and of a large convolution that fits the cache.
+    """
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    x = torch.randn(crops, size, 28, 28, device=device).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    convolution = nn.Conv2d(size, size, 3, padding=1).to(device, dtype)
+    convolution = convolution.to(memory_format=torch.channels_last).requires_grad_(False)
+    found = []
+    for work, count in (
+        (lambda: a @ b, 2 * side**3),
+        (lambda: convolution(x), 2 * 9 * size * size * 28 * 28 * crops),
+    ):
+        best = float("inf")
+        with torch.inference_mode():
+            for _ in range(8):
+                start = now()
+                work()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                best = min(best, now() - start)
+        found.append(count / best / 1e9)
+    return max(found)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Gigabytes a second of a large copy, read and written ones counted."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        start = now()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, now() - start)
+    return 2 * source.numel() * source.element_size() / best / 1e9
 
 
 def untrained_but_lively(model: nn.Module) -> nn.Module:
@@ -143,13 +308,25 @@ def with_autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 def timed(network: Callable[[Tensor], Tensor], crops: Tensor, batch: int) -> float:
     """Seconds that the network takes for all crops."""
-    start = time.perf_counter()
+    start = now()
     with torch.inference_mode():
         for part in crops.split(batch):
             network(part)
     if crops.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
+
+
+def peak_mebibytes(device: torch.device) -> int:
+    """The most memory that this process has had, or that a GPU has lent it."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's peak would begin with the parent's
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return round(int(lines["VmHWM"].split()[0]) / 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 if __name__ == "__main__":

@@ -350,6 +350,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
         dataset,
         progress=not options.quiet,
     )
+    if distributed_position()[0] > 0:
+        return
     for method, score in scores.items():
         miou, pixels = 100 * score.overall.mean_iou(), 100 * score.overall.pixel_accuracy()
         print(f"{method:10s} mIoU {miou:5.2f}   pixels {pixels:5.2f}")

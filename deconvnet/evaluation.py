@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from deconvnet.files import atomic_write
+from deconvnet.hardware import distributed_position, gathered
 from deconvnet.inference import Prediction
 from deconvnet.metrics import BoundaryConfusionMatrix, ConfusionMatrix
 from deconvnet.voc import Sample, VOCDataset
@@ -56,6 +57,11 @@ class Score:
         self.overall.update(prediction, target)
         self.boundary.update(prediction, target)
 
+    def merge(self, other: Score) -> None:
+        """Adds what another process counted."""
+        self.overall.merge(other.overall)
+        self.boundary.merge(other.boundary)
+
     def summary(self, class_names: Sequence[str]) -> dict[str, object]:
         """The figures as JSON-like values, in per cent; ``None`` where nothing counts."""
         return {
@@ -79,6 +85,8 @@ def evaluate(
 ) -> dict[str, Score]:
     """Judges one or more methods on a data set, at the images' own sizes.
 
+    Under ``torchrun`` every process takes its share of the images, and all return the same.
+
     Args:
         predict: Takes an image's index and sample; returns label maps ``uint8 [H, W]`` by
             method, the same methods for every image.
@@ -95,13 +103,21 @@ def evaluate(
     count = min(len(dataset), limit or len(dataset))
     if count == 0:
         raise ValueError(f"{dataset.root}: split {dataset.split!r} has no images to evaluate on")
+    rank, processes = distributed_position()
+    share = range(rank, count, processes)
     scores: dict[str, Score] = {}
-    for i in tqdm(range(count), unit="image", disable=not progress):
+    for i in tqdm(share, unit="image", disable=not progress or rank > 0):
         sample = dataset[i]
         for method, labels in predict(i, sample).items():
             score = scores.setdefault(method, Score(dataset.num_classes))
             score.update(labels, sample.labels)
-    return scores
+    if processes == 1:
+        return scores
+    total: dict[str, Score] = {}
+    for others in gathered(scores):
+        for method, score in others.items():
+            total.setdefault(method, Score(dataset.num_classes)).merge(score)
+    return total
 
 
 def stage_labels(prediction: Prediction) -> dict[str, Tensor]:

@@ -1,8 +1,14 @@
-"""What the machine can do: where to compute, and in which precision."""
+"""What the machine can do: where to compute, in which precision, and with how many processes."""
 
 from __future__ import annotations
 
+import os
+from typing import TypeVar
+
 import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
 
 PRECISIONS = ("auto", "portable", "float32", "bfloat16", "float16")
 
@@ -51,3 +57,26 @@ def cpu_has_bfloat16() -> bool:
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The context in which convolutions compute in ``precision``."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def distributed_position() -> tuple[int, int]:
+    """Joins the process group that ``torchrun`` announces; returns (rank, number of processes)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(value: T) -> list[T]:
+    """Every process's value, by rank; a list of one where there is a single process.
+
+    Args:
+        value: Anything that can be pickled.
+    """
+    _, processes = distributed_position()
+    if processes == 1:
+        return [value]
+    values: list = [None] * processes
+    dist.all_gather_object(values, value)
+    return values

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from deconvnet.aggregation import Box, ScoreCanvas, cut_crops
 from deconvnet.crf import CRFConfig, dense_crf
+from deconvnet.deployment import prepare_for_inference
 from deconvnet.ensemble import mean_of_probabilities, product_of_scores
+from deconvnet.fcn import FCN8s
 from deconvnet.hardware import autocast, choose_precision, default_device
 from deconvnet.instances import expand_box, pixel_box, square_box
-from deconvnet.model import PixelNormalisation
+from deconvnet.model import DeconvNet, PixelNormalisation
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, edge_boxes
 from deconvnet.voc import read_image
 from deconvnet.weights import load_model, pretrained
@@ -249,6 +251,8 @@ class Predictor:
         edge_model: File of OpenCV's structured-forest edges; None for gradient edges.
         class_names: Names of the classes, the background first; by default those that were
             saved with the weights.
+        prepare: Whether copies that :func:`deconvnet.deployment.prepare_for_inference` made
+            compute in the networks' place: the same scores but for rounding, sooner.
 
     Raises:
         ValueError: No network is given, or the two disagree about the number of classes.
@@ -271,6 +275,7 @@ class Predictor:
         device: torch.device | str | None = None,
         edge_model: str | Path | None = None,
         class_names: Sequence[str] | None = None,
+        prepare: bool = True,
     ) -> None:
         networks = [n for n in (deconvnet, fcn) if n is not None]
         if not networks:
@@ -286,12 +291,14 @@ class Predictor:
         if names is not None and len(names) != counts[0]:
             raise ValueError(f"got {len(names)} class_names for {counts[0]} classes")
 
-        self.device = default_device() if device is None else torch.device(device)
+        rank = int(os.environ.get("LOCAL_RANK", 0))  # under torchrun each process has its own GPU
+        self.device = default_device(rank) if device is None else torch.device(device)
         for network in networks:
             network.to(self.device, memory_format=torch.channels_last).eval()
         self.deconvnet, self.fcn = deconvnet, fcn
         self.config, self.edge_boxes, self.crf = config, edge_boxes, crf
         self.edge_model = edge_model
+        self.prepare, self._prepared = prepare, {}
         self.class_names = None if names is None else tuple(names)
         colours = getattr(networks[0], "metadata", {}).get("class_colours")
         self.class_colours = None if colours is None else torch.tensor(colours, dtype=torch.uint8)
@@ -360,7 +367,7 @@ class Predictor:
         image = check_image(image).cpu()
         found = self._deconvnet(image, proposals) if self.deconvnet is not None else {}
         if self.fcn is not None:
-            scores = fcn_scores(self.fcn, image, self.config.precision)
+            scores = fcn_scores(self._ready(self.fcn), image, self.config.precision)
             found |= {"fcn_scores": scores, "fcn_probabilities": scores.softmax(0)}
         if self.deconvnet is not None and self.fcn is not None:
             found["ensemble_probabilities"] = probabilities = self._ensemble(found)
@@ -379,19 +386,33 @@ class Predictor:
             proposals = edge_boxes(image, self.edge_boxes, self.edge_model)
         if isinstance(proposals, Tensor):
             proposals = Proposals(proposals, torch.zeros(len(proposals)))
+        network = self._ready(self.deconvnet)
         if proposals is None:
             boxes = None
-            scores = whole_image_scores(self.deconvnet, image, self.config.precision)
+            scores = whole_image_scores(network, image, self.config.precision)
         else:
             selected = select_boxes(proposals.boxes, tuple(image.shape[1:]), self.config)
             boxes = torch.tensor(selected, dtype=torch.float32).view(-1, 4)
-            scores = aggregate_proposals(self.deconvnet, image, proposals.boxes, self.config)
+            scores = aggregate_proposals(network, image, proposals.boxes, self.config)
         return {
             "proposals": proposals,
             "boxes": boxes,
             "deconvnet_scores": scores,
             "deconvnet_probabilities": scores.softmax(0),
         }
+
+    def _ready(self, network: nn.Module) -> nn.Module:
+        """The network's prepared copy: made for the first image, and anew when weights change."""
+        if not self.prepare or network.training or not isinstance(network, (DeconvNet, FCN8s)):
+            return network
+        if getattr(network, "prepared", False):
+            return network
+        tensors = chain(network.parameters(), network.buffers())
+        dtype = choose_precision(self.config.precision, self.device)
+        state = dtype, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        if self._prepared.get(network, (None, None))[0] != state:
+            self._prepared[network] = state, prepare_for_inference(network, dtype)
+        return self._prepared[network][1]
 
     def _ensemble(self, found: dict[str, Tensor]) -> Tensor:
         if self.config.convention == "release":

@@ -34,6 +34,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
+from deconvnet.hardware import distributed_position, gathered
 from deconvnet.voc import VOCDataset, write_atomically
 
 try:
@@ -342,7 +343,8 @@ def compute_proposals(
 
     A cache file is named by everything that its boxes depend on: the image's pixels, the
     settings and the edge model. It can hence be shared by data sets and never goes stale; one
-    that cannot be read is computed again.
+    that cannot be read is computed again. Under ``torchrun`` every process takes its share of the
+    images, and all return the boxes of all of them.
 
     Args:
         dataset: Anything with a length and ``image(i)``, which returns ``uint8 [3, H, W]``.
@@ -385,10 +387,14 @@ def compute_proposals(
 
     # Threads suffice, since OpenCV and NumPy compute outside Python's lock; and the images need
     # not be sent to other processes.
+    rank, processes = distributed_position()
+    share = range(rank, len(dataset), processes)
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(find, range(len(dataset)))
-        bar = tqdm(found, "Edge Boxes", len(dataset), unit="image", disable=not progress)
-        return list(bar)
+        found = pool.map(find, share)
+        quiet = not progress or rank > 0
+        own = list(tqdm(found, "Edge Boxes", len(share), unit="image", disable=quiet))
+    shares = gathered(own)
+    return [shares[i % processes][i // processes] for i in range(len(dataset))]
 
 
 def _cache_key(settings: str, image: Tensor) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import signal
 import threading
 import time
@@ -25,11 +24,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from deconvnet.files import atomic_write
-from deconvnet.hardware import PRECISIONS, autocast, choose_precision, default_device
+from deconvnet.hardware import (
+    PRECISIONS,
+    autocast,
+    choose_precision,
+    default_device,
+    distributed_position,
+)
 from deconvnet.instances import StreamSampler
 from deconvnet.proposals import cv2  # from there, as it explains a failing import
 from deconvnet.voc import VOID
@@ -61,6 +67,7 @@ class StageConfig:
     validate_every: int = 1_000  # iterations between validations
     checkpoint_every: int = 500  # iterations between checkpoints
     log_every: int = 20  # iterations between rows of log.csv
+    recompute: bool = False  # save memory: blocks run again for their gradients
     workers: int = 0  # processes that prepare crops
     seed: int = 0
 
@@ -213,7 +220,8 @@ class _Run:
         batches = self.batches()
         self.train_mode()
         clock = time.perf_counter()
-        with bar, deferred_interrupt() as interrupted:
+        saving = recomputed(self.model) if stage.recompute else nullcontext()
+        with bar, saving, deferred_interrupt() as interrupted:
             while self.progress() < 1:
                 self.set_seed()
                 rate = self.set_rate()
@@ -421,7 +429,9 @@ class _Run:
                 f"{self.checkpoint}: not a whole checkpoint ({type(error).__name__}); {instead}"
             ) from error
         # A run may be made longer or logged otherwise; all else would no longer be one run.
-        free = {"iterations", "minutes", "workers", "log_every", "checkpoint_every"}
+        free = {
+            "iterations", "minutes", "workers", "log_every", "checkpoint_every", "recompute",
+        }  # fmt: skip
         for field, value in asdict(self.stage).items():
             if field not in free and settings.get(field) != value:
                 raise ValueError(
@@ -441,6 +451,54 @@ class _Run:
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         log = self.run_dir / "log.csv"
         self.row_bytes = min(state["row_bytes"], log.stat().st_size if log.exists() else 0)
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Lets the encoder's and decoder's blocks forget what happened inside them.
+
+    Each block keeps only its input, and runs a second time when its gradients are wanted: the
+    same gradients for a third more arithmetic and a fraction of the memory. (Called activation
+    or gradient checkpointing elsewhere; here a checkpoint is a file.)
+
+    Args:
+        model: With ``encoder.blocks``, and perhaps ``decoder.blocks``, changed while inside.
+    """
+    coders = (getattr(model, name, None) for name in ("encoder", "decoder"))
+    blocks = [block for coder in coders if coder is not None for block in coder.blocks]
+
+    def twice(block: nn.Module) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            if not (block.training and torch.is_grad_enabled()):
+                return once(x)
+            contexts = lambda: (nullcontext(), unchanged_statistics(block))  # noqa: E731
+            return checkpoint(once, x, use_reentrant=False, context_fn=contexts)
+
+        once = block.forward
+        return forward
+
+    for block in blocks:
+        block.forward = twice(block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own shows again
+
+
+@contextmanager
+def unchanged_statistics(block: nn.Module) -> Iterator[None]:
+    """Keeps batch norm from counting the same batch into its running averages twice."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # the share of this batch in the averages
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+            norm.num_batches_tracked -= 1
 
 
 @contextmanager
@@ -604,12 +662,3 @@ def crop_loss(model: nn.Module, dataset: Dataset, crops: int = 256, batch: int =
         total += pixel_loss(model(images.to(device)).float(), labels).item()
         valid += int((labels != VOID).sum())
     return total / max(valid, 1)
-
-
-def distributed_position() -> tuple[int, int]:
-    """Joins the process group that ``torchrun`` announces; returns (rank, number of processes)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -233,3 +234,49 @@ def test_without_the_repository_it_is_fetched_from_its_address(
     (address,) = asked
     assert address.startswith("https://raw.githubusercontent.com/")
     assert address.endswith("/main/results/shapes-seed3.json")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_share_images_and_proposals(shapes_root: Path, tmp_path: Path) -> None:
+    """Each takes every second image, and both know the result of all."""
+    script = tmp_path / "share.py"
+    script.write_text(
+        "import json, sys\n"
+        "import torch\n"
+        "from deconvnet.evaluation import evaluate\n"
+        "from deconvnet.hardware import distributed_position\n"
+        "from deconvnet.proposals import compute_proposals\n"
+        "from deconvnet.voc import VOCDataset\n"
+        "rank, _ = distributed_position()\n"
+        "dataset = VOCDataset(sys.argv[1], 'val', limit=5)\n"
+        "seen = []\n"
+        "def predict(i, sample):\n"
+        "    seen.append(i)\n"
+        "    return {'all': (sample.labels.clamp(max=12) + (i == 3)).clamp(max=12)}\n"
+        "scores = evaluate(predict, dataset, progress=False)\n"
+        "boxes = compute_proposals(dataset, workers=1, progress=False)\n"
+        "found = [seen, scores['all'].summary(dataset.class_names),\n"
+        "         [len(p.boxes) for p in boxes], float(sum(p.boxes.sum() for p in boxes))]\n"
+        "open(f'{sys.argv[2]}/{rank}.json', 'w').write(json.dumps(found))\n"
+        "if torch.distributed.is_initialized():\n"
+        "    torch.distributed.destroy_process_group()\n"
+    )
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = {}
+    for name, launcher, ranks in (("two", two, 2), ("one", [], 1)):
+        (tmp_path / name).mkdir()
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), str(shapes_root), str(tmp_path / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = [
+            json.loads((tmp_path / name / f"{r}.json").read_text()) for r in range(ranks)
+        ]
+    assert [seen for seen, *_ in found["two"]] == [[0, 2, 4], [1, 3]]
+    for _, *rest in found["two"]:
+        assert rest == found["one"][0][1:]

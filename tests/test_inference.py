@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from deconvnet import inference
 from deconvnet.aggregation import ScoreCanvas, cut_crops
+from deconvnet.deployment import prepare_for_inference
 from deconvnet.ensemble import mean_of_probabilities, product_of_scores
+from deconvnet.fcn import FCN8s
 from deconvnet.inference import (
     InferenceConfig,
     Predictor,
@@ -28,7 +30,9 @@ from deconvnet.inference import (
     whole_image_scores,
 )
 from deconvnet.instances import crop_and_resize
+from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.proposals import Proposals
+from deconvnet.shapes import make_scene
 from deconvnet.voc import write_image
 
 SIZE, CLASSES = 8, 3
@@ -546,3 +550,42 @@ def test_predictor_checks_its_networks():
 def test_bad_configuration_is_named(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         InferenceConfig(**field)
+
+
+# --- the prepared copies ----------------------------------------------------------------------
+
+
+def test_predictor_computes_with_prepared_copies():
+    scene = make_scene(seed=5).image[:, :120, :150]
+    fast, plain = (Predictor.from_pretrained(crf=None, prepare=flag) for flag in (True, False))
+    boxes = proposals().boxes
+    actual, expected = fast(scene, boxes), plain(scene, boxes)
+    assert [type(n) for n in fast._prepared] == [DeconvNet, FCN8s]
+    assert not plain._prepared
+    for field in ("deconvnet_scores", "fcn_scores"):
+        scores = getattr(expected, field)
+        tolerance = 1e-4 * float(scores.std())
+        torch.testing.assert_close(getattr(actual, field), scores, rtol=1e-4, atol=tolerance)
+    assert (actual.labels == expected.labels).float().mean() > 0.999
+
+
+def test_prepared_copies_follow_the_weights():
+    model = DeconvNet(ModelConfig.tiny(3))
+    predictor = Predictor(model, edge_boxes=None, crf=None, device="cpu")
+    image = make_scene(seed=5).image
+    before = predictor(image).deconvnet_scores
+    copied = predictor._prepared[model][1]
+    predictor(image)
+    assert predictor._prepared[model][1] is copied
+    with torch.no_grad():
+        model.score.bias += 1
+    torch.testing.assert_close(predictor(image).deconvnet_scores, before + 1)
+    assert predictor._prepared[model][1] is not copied
+
+
+def test_prepared_networks_and_others_are_taken_as_they_are():
+    image = make_scene(seed=5).image
+    for network in (prepare_for_inference(DeconvNet(ModelConfig.tiny(3))), PixelNet()):
+        predictor = Predictor(network, edge_boxes=None, crf=None, device="cpu")
+        predictor(image)
+        assert not predictor._prepared

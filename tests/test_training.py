@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from deconvnet.training import (
     freeze_blocks,
     make_optimizer,
     pixel_loss,
+    recomputed,
     reestimate_batch_norm,
     schedule_factor,
     train,
@@ -356,6 +358,34 @@ def test_accumulated_gradients_equal_the_whole_batchs(tmp_path: Path) -> None:
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     moved = deconvnet(batch_norm=False).score.bias - trained[8].score.bias
     assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("build", [fcn, deconvnet])
+def test_recomputing_changes_nothing(tmp_path: Path, build, one_thread: None) -> None:
+    stage = replace(STAGE, iterations=3)
+    plain, saving = (
+        run(tmp_path / str(flag), replace(stage, recompute=flag), model=build())
+        for flag in (False, True)
+    )
+    assert_same(plain.state_dict(), saving.state_dict())
+    assert all("forward" not in vars(block) for block in saving.encoder.blocks)
+
+
+def test_recomputing_keeps_less(tmp_path: Path) -> None:
+    images, kept = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), []
+    model = deconvnet().train()
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    totals = []
+    for context in (nullcontext(), recomputed(model)):
+        kept.clear()
+        with context, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(images)
+        totals.append(sum(kept))
+    assert totals[1] < 0.7 * totals[0]
 
 
 def test_first_update_by_hand(tmp_path: Path) -> None:

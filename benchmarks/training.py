@@ -1,0 +1,182 @@
+"""How fast the full network learns, how near to the hardware's peak, and in how much memory.
+
+    OMP_NUM_THREADS=2 python benchmarks/training.py --json
+
+Each way runs in a process of its own, whose peak memory is hence its own: float32 and, where the
+hardware has it, 16 bits, with and without ``recompute``. An update takes ``--batch`` crops,
+``--micro-batch`` at a time (gradients accumulate); on a CPU two of the micro-batches are timed,
+and the time of all is what they imply, plus the optimiser's step. The utilisation counts three
+times the forward pass's operations (the backward pass has twice as many; recomputing adds none
+that count) by the peak of the same number format, a large matrix product or convolution. Last, the
+data path alone: crops a second that one process cuts, resizes and flips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from network import natural_crops, operations, peak, peak_mebibytes
+from torch.utils.data import DataLoader
+
+from deconvnet.evaluation import provenance, record
+from deconvnet.hardware import autocast, choose_precision, default_device
+from deconvnet.instances import InstanceConfig, Stage1Dataset, StreamSampler, balanced_indices
+from deconvnet.model import DeconvNet, ModelConfig
+from deconvnet.shapes import write_shapes
+from deconvnet.training import StageConfig, make_optimizer, pixel_loss, prepare_worker, recomputed
+from deconvnet.voc import VOCDataset
+
+
+def main() -> None:
+    """Runs the benchmark and prints what it found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=64, help="crops an update (the paper's 64)")
+    parser.add_argument("--micro-batch", type=int, help="crops at once (4; on a GPU 32)")
+    parser.add_argument("--recipe", choices=("full", "tiny"), default="full", help="which network")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", help="also write it to this file")
+    parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)  # in this process
+    options = parser.parse_args()
+
+    device = default_device()
+    micro = options.micro_batch or (32 if device.type == "cuda" else 4)
+    if options.way:
+        dtype, recompute = getattr(torch, options.way[0]), options.way[1] == "True"
+        found = one_way(options.recipe, device, dtype, recompute, options.batch, micro)
+        print(json.dumps(found))
+        return
+    config = ModelConfig() if options.recipe == "full" else ModelConfig.tiny()
+    forward = operations(config)
+    result: dict = {
+        "network": options.recipe,
+        "batch": options.batch,
+        "micro_batch": micro,
+        "gflop_a_crop": round(3 * forward, 1),
+        "ways": [],
+    }
+    dtypes = dict.fromkeys((torch.float32, choose_precision("auto", device)))
+    peaks = {str(d).removeprefix("torch."): peak(device, d) for d in dtypes}
+    for dtype, hardware in peaks.items():
+        for recompute in (False, True):
+            way = in_a_fresh_process(options, micro, dtype, recompute)
+            share = way["crops_a_second"] * 3 * forward / hardware
+            result["ways"].append(way | {"share_of_peak": round(share, 3)})
+            if not options.json:
+                print(result["ways"][-1], flush=True)
+    result["peak_gflops"] = {name: round(value, 1) for name, value in peaks.items()}
+    result["data"] = data_path(config)
+    fastest = max(way["crops_a_second"] for way in result["ways"])
+    result["data"]["by_twice_training"] = round(
+        result["data"]["crops_a_second_one_process"] / (2 * fastest), 2
+    )
+    result |= provenance()
+    if options.out:
+        record(options.out, **result)
+    print(json.dumps(result if options.json else result["data"]))
+
+
+def one_way(
+    recipe: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    recompute: bool,
+    batch: int,
+    micro: int,
+) -> dict:
+    """Crops a second and peak memory of updates as :func:`deconvnet.training.train` makes them."""
+    torch.manual_seed(0)
+    config = ModelConfig() if recipe == "full" else ModelConfig.tiny()
+    model = DeconvNet(config).to(device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(model, StageConfig())
+    crops = natural_crops(micro, config.input_size).to(device)
+    size = (micro, config.input_size, config.input_size)
+    labels = torch.randint(0, config.num_classes, size, device=device)
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def learn() -> float:
+        start = wait()
+        with autocast(device, dtype):
+            scores = model(crops)
+        (pixel_loss(scores.float(), labels) / labels.numel()).backward()
+        return wait() - start
+
+    def step() -> float:
+        start = wait()
+        optimizer.step()
+        optimizer.zero_grad()
+        return wait() - start
+
+    with recomputed(model) if recompute else nullcontext():
+        learn(), step()  # warms up, and makes the momenta
+        times = [learn() for _ in range(10 if device.type == "cuda" else 2)]
+        update = step()
+    seconds = min(times) * (batch / micro) + update
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "recompute": recompute,
+        "crops_a_second": round(batch / seconds, 3),
+        "seconds_a_micro_batch": round(min(times), 3),
+        "seconds_optimizer": round(update, 3),
+        "seconds_an_update": round(seconds, 2),
+        "peak_mebibytes": peak_mebibytes(device),
+    }
+
+
+def in_a_fresh_process(
+    options: argparse.Namespace, micro: int, dtype: str, recompute: bool
+) -> dict:
+    """:func:`one_way` in a process of its own."""
+    command = [sys.executable, __file__, "--way", dtype, str(recompute), "--recipe", options.recipe]
+    answer = subprocess.run(
+        [*command, "--batch", str(options.batch), "--micro-batch", str(micro)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def data_path(config: ModelConfig, crops: int = 256) -> dict:
+    """Crops a second of stage 1's data, decoded once, without and with processes to help."""
+    paper = InstanceConfig.paper()
+    instances = replace(
+        paper,
+        crop=config.input_size,
+        resize=round(config.input_size * paper.resize / paper.crop),
+    )
+    found: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_shapes(folder, train=32, val=1, workers=1, progress=False)
+        dataset = Stage1Dataset(VOCDataset(root, "train", decode_cache=True), instances)
+        indices = balanced_indices(dataset.example_labels, 0)
+        for workers, name in ((0, "one_process"), (os.cpu_count() or 1, "a_process_a_core")):
+            sampler = StreamSampler(len(dataset), seed=0, length=2 * crops, indices=indices)
+            loader = DataLoader(
+                dataset, 8, sampler=sampler, num_workers=workers, worker_init_fn=prepare_worker
+            )
+            seen = 0
+            for images, _ in loader:
+                seen += len(images)
+                if seen == crops:  # the first half decodes the images
+                    start = time.perf_counter()
+            found[f"crops_a_second_{name}"] = round(crops / (time.perf_counter() - start), 1)
+    return found
+
+
+if __name__ == "__main__":
+    main()
