@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-
-T = TypeVar("T")
 
 PRECISIONS = ("auto", "portable", "float32", "bfloat16", "float16")
 
@@ -68,7 +66,7 @@ def distributed_position() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def gathered(value: T) -> list[T]:
+def gathered(value: Any) -> list[Any]:
     """Every process's value, by rank; a list of one where there is a single process.
 
     Args:
