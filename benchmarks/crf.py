@@ -1,4 +1,4 @@
-"""How long the dense CRF takes, and pydensecrf, the C++ that everyone uses, for the same labels.
+"""How long the dense CRF takes, and pydensecrf, the C++ that is widely used, for the same labels.
 
     pip install "deconvnet[benchmark]"
     OMP_NUM_THREADS=2 python benchmarks/crf.py --json --out results/crf.json
