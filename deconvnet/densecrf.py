@@ -1,5 +1,7 @@
 """The dense CRF in pydensecrf's words: its users change their imports, and nothing else.
 
+::
+
     import deconvnet.densecrf as dcrf  # was: import pydensecrf.densecrf as dcrf
     from deconvnet.densecrf import unary_from_softmax  # was: from pydensecrf.utils import …
 
