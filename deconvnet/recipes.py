@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deconvnet.crf import CRFConfig
+from deconvnet.edges import EdgeConfig, EdgeNet
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.inference import InferenceConfig
 from deconvnet.instances import (
@@ -27,15 +28,16 @@ from deconvnet.instances import (
     balanced_indices,
 )
 from deconvnet.model import DeconvNet, ModelConfig
-from deconvnet.pretraining import ClassifiedCrops, CropClassifier
+from deconvnet.pretraining import BoundaryCrops, ClassifiedCrops, CropClassifier
 from deconvnet.proposals import EdgeBoxesConfig, Proposals
+from deconvnet.supervision import DeeplySupervised
 from deconvnet.training import StageConfig, crop_loss, train
 from deconvnet.voc import VOCDataset
 from deconvnet.weights import calibrate_batch_norm, load_vgg16
 
-STAGES = ("classify", "fcn", "whole", "1", "2")
-"""What can be trained: a classifier to start from where there are no ImageNet weights, FCN-8s,
-DeconvNet on whole images, and the paper's two stages."""
+STAGES = ("edges", "classify", "fcn", "whole", "1", "2")
+"""What can be trained: outlines for Edge Boxes, a classifier to start from where there are no
+ImageNet weights, FCN-8s, DeconvNet on whole images, and the paper's two stages."""
 
 CLASS_LAYERS = ("score", "up")  # first letters of the layers with one channel a class
 
@@ -51,6 +53,8 @@ class Recipe:
     stage2: StageConfig
     single: StageConfig | None = None  # FCN-8s, DeconvNet on whole images; by default as stage 1
     classify: StageConfig | None = None  # where ImageNet gives no weights for fc6 and fc7
+    edge_net: EdgeConfig = EdgeConfig()
+    edges: StageConfig = replace(StageConfig.small(), batch_size=16, micro_batch=16)
     inference: InferenceConfig = InferenceConfig()
     edge_boxes: EdgeBoxesConfig = EdgeBoxesConfig()
     crf: CRFConfig = CRFConfig()
@@ -137,8 +141,8 @@ def make_network(
         num_classes: Classes of the data, the background included.
         vgg16: See :func:`deconvnet.weights.load_vgg16`; ``None`` starts from nothing.
         calibration: Typical crops ``uint8 [N, 3, S, S]`` for recipes that calibrate batch norm.
-        start: A network of the same recipe to start from. A DeconvNet is copied whole, except
-            that an FCN-8s takes only its encoder.
+        start: A network of the same recipe to start from. One of the same kind is copied whole;
+            from a DeconvNet to an FCN-8s or back go the encoder, and fc6 and fc7 if of one size.
         new_classes: ``start`` knows other classes: the layers that score them begin anew, and
             all others are copied.
 
@@ -146,6 +150,8 @@ def make_network(
         ValueError: There is no such stage, or ``start`` is of other sizes.
     """
     _check_stage(stage)
+    if stage == "edges":
+        return EdgeNet(recipe.edge_net)
     if stage == "fcn":
         model: nn.Module = FCN8s(replace(recipe.fcn, num_classes=num_classes))
     else:
@@ -155,13 +161,21 @@ def make_network(
         if recipe.calibrate and calibration is not None:
             calibrate_batch_norm(model, calibration)
     if start is not None:
-        whole = type(start) is type(model)
-        source, target = (start, model) if whole else (start.encoder, model.encoder)
-        weights, own = source.state_dict(), target.state_dict()
+        weights, own = start.state_dict(), model.state_dict()
+        if type(start) is not type(model):
+            weights = own | _common_trunk(weights, own)
         if new_classes:
             weights |= {n: tensor for n, tensor in own.items() if n.startswith(CLASS_LAYERS)}
-        _copy_weights(weights, target)
+        _copy_weights(weights, model)
     return model
+
+
+def _common_trunk(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What DeconvNet and FCN-8s have in common: the encoder, and fc6 and fc7 of equal sizes."""
+    trunk = {n: tensor for n, tensor in weights.items() if n.startswith("encoder.")}
+    fc = {n: tensor for n, tensor in weights.items() if n.startswith(("fc6.", "fc7."))}
+    same_size = all(n in own and own[n].shape == tensor.shape for n, tensor in fc.items())
+    return trunk | fc if same_size else trunk
 
 
 def _copy_weights(source: Mapping[str, Tensor], target: nn.Module) -> None:
@@ -198,9 +212,10 @@ def stage_crops(
     """
     _check_stage(stage)
     config = replace(recipe.instances, seed=seed)
-    if stage == "fcn":
-        size = recipe.fcn.input_size
-        return WindowDataset(dataset, replace(config, crop=size, resize=size), training)
+    if stage in ("fcn", "edges"):
+        size = (recipe.fcn if stage == "fcn" else recipe.edge_net).input_size
+        windows = WindowDataset(dataset, replace(config, crop=size, resize=size), training)
+        return windows if stage == "fcn" else BoundaryCrops(windows)
     if stage == "whole":
         return WholeImageDataset(dataset, config, training)
     if stage in ("1", "classify"):
@@ -234,8 +249,11 @@ def train_stage(
         **options: Further arguments of :func:`deconvnet.training.train`.
     """
     settings = settings or default_settings(recipe, stage)
+    learner: nn.Module = CropClassifier(model) if stage == "classify" else model
+    if settings.deep_supervision and isinstance(model, DeconvNet) and stage != "classify":
+        learner = DeeplySupervised(model)
     train(
-        CropClassifier(model) if stage == "classify" else model,
+        learner,
         crops,
         settings,
         run_dir,
@@ -253,6 +271,8 @@ def default_settings(recipe: Recipe, stage: str) -> StageConfig:
         if recipe.classify is None:
             raise ValueError("this recipe starts from ImageNet weights; pass vgg16 instead")
         return recipe.classify
+    if stage == "edges":
+        return recipe.edges
     if stage in ("fcn", "whole"):
         return recipe.single or recipe.stage1
     return recipe.stage2 if stage == "2" else recipe.stage1

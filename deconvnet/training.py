@@ -38,6 +38,7 @@ from deconvnet.hardware import (
 )
 from deconvnet.instances import StreamSampler
 from deconvnet.proposals import cv2  # from there, as it explains a failing import
+from deconvnet.supervision import coarse_labels
 from deconvnet.voc import VOID
 
 LOG_COLUMNS = ("iteration", "seconds", "loss", "rate", "images_per_s", "validation")
@@ -67,6 +68,7 @@ class StageConfig:
     validate_every: int = 1_000  # iterations between validations
     checkpoint_every: int = 500  # iterations between checkpoints
     log_every: int = 20  # iterations between rows of log.csv
+    deep_supervision: float = 0.0  # weight of losses at the decoder's inner sizes; 0 in the paper
     recompute: bool = False  # save memory: blocks run again for their gradients
     workers: int = 0  # processes that prepare crops
     seed: int = 0
@@ -264,7 +266,7 @@ class _Run:
             with waiting:
                 with autocast(self.device, self.precision):
                     scores = network(images)
-                loss = pixel_loss(scores.float(), labels) / pixels
+                loss = self.loss(scores, labels) / pixels
                 # DDP averages over processes where the batch's mean needs their sum.
                 self.scaler.scale(loss * self.world_size).backward()
             total += loss.detach()
@@ -273,6 +275,17 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def loss(self, scores: Tensor | list[Tensor], labels: Tensor) -> Tensor:
+        """The summed loss of the scores, and of what a deeply supervised network adds to them."""
+        if isinstance(scores, Tensor):
+            return pixel_loss(scores.float(), labels)
+        total = pixel_loss(scores[0].float(), labels)
+        for coarse in scores[1:]:
+            target = coarse_labels(labels, coarse.shape[-1])
+            pixels = labels.numel() / target.numel()  # that each coarse one stands for
+            total += self.stage.deep_supervision * pixels * pixel_loss(coarse.float(), target)
         return total
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -587,9 +600,10 @@ def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.Optimize
     The encoder's rate may be scaled by ``stage.encoder_rate``.
     """
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    encoder = set(model.encoder.parameters()) if hasattr(model, "encoder") else set()
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            key = name.startswith("encoder."), parameter.ndim > 1
+            key = parameter in encoder, parameter.ndim > 1
             groups.setdefault(key, []).append(parameter)
     settings = [
         {

@@ -22,11 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from deconvnet.edges import EdgeConfig, EdgeNet
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.files import atomic_write
 from deconvnet.model import DeconvNet, ModelConfig
 
-ARCHITECTURES = {"deconvnet": (DeconvNet, ModelConfig), "fcn8s": (FCN8s, FCNConfig)}
+ARCHITECTURES = {
+    "deconvnet": (DeconvNet, ModelConfig),
+    "fcn8s": (FCN8s, FCNConfig),
+    "edges": (EdgeNet, EdgeConfig),
+}
 SHIPPED = Path(__file__).parent / "pretrained"
 
 
