@@ -133,6 +133,20 @@ def parser() -> argparse.ArgumentParser:
     _add_device(sub)
 
     sub = command(
+        "compress",
+        run_compress,
+        "The same weights in a smaller file.",
+        "runs/fcn/weights.safetensors -o mine/fcn.safetensors",
+        "runs/stage2/weights.safetensors -o mine/net.safetensors --encoder-of mine/fcn.safetensors",
+    )
+    sub.add_argument("weights", help="weights: a file, or a shipped name")
+    sub.add_argument("-o", "--out", type=Path, required=True, help=".safetensors to write")
+    sub.add_argument("--dtype", choices=["int8", "float16"], default="int8", help="(int8)")
+    sub.add_argument(
+        "--encoder-of", type=Path, help="file in the same folder that has the same encoder"
+    )
+
+    sub = command(
         "segment",
         run_segment,
         "Segment a photograph: a label map, and an overlay to look at.",
@@ -148,8 +162,8 @@ def parser() -> argparse.ArgumentParser:
         "evaluate",
         run_evaluate,
         "Mean IoU of every stage of the method on a data set.",
-        "--data data/shapes --out results/shapes.json",
-        "--data VOCdevkit/VOC2012 --fcn runs/fcn/weights.safetensors --deconvnet none",
+        "--data VOCdevkit/VOC2012 --out results/voc.json",
+        "--data data/shapes --deconvnet shapes-deconvnet --fcn shapes-fcn",
     )
     _add_data(sub, split="val")
     sub.add_argument("--out", type=Path, help="results as JSON")
@@ -172,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--cache", type=Path, help="cache folder (with --data)")
     sub.add_argument("--workers", type=int, help="processes (all cores)")
     sub.add_argument("--recipe", choices=list(recipes.RECIPES), default="tiny")
-    sub.add_argument("--edge-model", type=Path, help="OpenCV's model.yml.gz")
+    sub.add_argument("--edge-model", type=Path, help="edges: weights, or OpenCV's model.yml.gz")
 
     sub = command(
         "demo",
@@ -195,15 +209,15 @@ def _add_data(sub: argparse.ArgumentParser, split: str) -> None:
 
 def _add_method(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--deconvnet", default="shapes-deconvnet", help="weights: a file, a shipped name, or none"
+        "--deconvnet", default="voc-deconvnet", help="weights: a file, a shipped name, or none"
     )
-    sub.add_argument("--fcn", default="shapes-fcn", help="weights: a file, a shipped name, or none")
+    sub.add_argument("--fcn", default="voc-fcn", help="weights: a file, a shipped name, or none")
     sub.add_argument("--recipe", choices=list(recipes.RECIPES), help="settings (the weights' own)")
     sub.add_argument("--convention", choices=["paper", "release"], default="paper")
     sub.add_argument("--num-proposals", type=int, help="crops an image (50)")
     sub.add_argument("--whole", action="store_true", help="one crop, the whole image")
     sub.add_argument("--no-crf", action="store_true", help="leave the dense CRF out")
-    sub.add_argument("--edge-model", type=Path, help="OpenCV's model.yml.gz")
+    sub.add_argument("--edge-model", type=Path, help="edges: weights, or OpenCV's model.yml.gz")
     _add_device(sub)
 
 
@@ -320,6 +334,14 @@ def _network_to_train(
         raise ValueError(f"{path}: {error}{hint}") from error
 
 
+def run_compress(options: argparse.Namespace) -> None:
+    """``deconvnet compress``."""
+    model = load_model(_weights(options.weights))
+    dtype = getattr(torch, options.dtype)
+    save_model(model, options.out, model.metadata, dtype, options.encoder_of)
+    print(f"{options.out} {options.out.stat().st_size / 1e6:.1f} MB")
+
+
 def run_segment(options: argparse.Namespace) -> None:
     """``deconvnet segment``."""
     predictor = _predictor(options)
@@ -334,12 +356,29 @@ def run_segment(options: argparse.Namespace) -> None:
         for c in prediction.labels.unique().tolist()
     }
     print(f"{options.out} {picture}")
+    print(_used(predictor))
     print(", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+
+
+def _used(predictor: Predictor) -> str:
+    """Says with what a picture was segmented."""
+    parts = []
+    for kind, network in (("DeconvNet", predictor.deconvnet), ("FCN-8s", predictor.fcn)):
+        if network is not None:
+            data = network.metadata.get("training", {}).get("dataset")
+            parts.append(kind + (f" (trained on {data})" if data else ""))
+    if predictor.deconvnet is not None:
+        boxes = predictor.edge_boxes is not None
+        parts.append(f"{predictor.config.num_proposals} proposals" if boxes else "one crop")
+    if predictor.crf is not None:
+        parts.append("dense CRF")
+    return "with " + ", ".join(parts)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """``deconvnet evaluate``."""
     predictor = _predictor(options)
+    print(_used(predictor))
     dataset = open_dataset(options.data, options.split, limit=options.limit)
     _check_classes(predictor, dataset)
     boxes = None
@@ -397,7 +436,7 @@ def run_proposals(options: argparse.Namespace) -> None:
 
 def run_demo(options: argparse.Namespace) -> None:
     """``deconvnet demo``."""
-    predictor = Predictor.from_pretrained(device=options.device)
+    predictor = Predictor.from_pretrained("shapes", device=options.device)
     figure = show_prediction(predictor(make_scene(seed=options.scene).image))
     with atomic_write(options.out) as temporary:
         figure.savefig(temporary, dpi=150, format="png", bbox_inches="tight")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -27,11 +29,19 @@ from tqdm.auto import tqdm
 from deconvnet.files import atomic_write
 from deconvnet.hardware import distributed_position, gathered
 from deconvnet.inference import Prediction
-from deconvnet.metrics import BoundaryConfusionMatrix, ConfusionMatrix
+from deconvnet.instances import object_mask
+from deconvnet.metrics import VOID, BinnedShare, BoundaryConfusionMatrix, ConfusionMatrix
+from deconvnet.proposals import cv2  # from there, as it explains a failing import
 from deconvnet.voc import Sample, VOCDataset
 
 BOUNDARY_WIDTH = 3
 """Pixels on either side of a boundary that count as near it."""
+
+DISTANCES = (2, 4, 8, 16, 32)
+"""Ends of the ranges, in pixels from the nearest boundary, in which pixels are judged apart."""
+
+SIZES = (32, 64, 96, 128, 192)
+"""Ends of the ranges, in pixels of the root of the area, in which objects are judged apart."""
 
 STAGES = {
     "fcn": "fcn_probabilities",
@@ -42,7 +52,7 @@ STAGES = {
 
 
 class Score:
-    """What one method reached on a data set: confusion everywhere and near boundaries.
+    """What one method reached on a data set: everywhere, near boundaries, and by objects' sizes.
 
     Args:
         num_classes: Number of classes, the background included.
@@ -51,26 +61,73 @@ class Score:
     def __init__(self, num_classes: int) -> None:
         self.overall = ConfusionMatrix(num_classes)
         self.boundary = BoundaryConfusionMatrix(num_classes, BOUNDARY_WIDTH)
+        self.by_distance = BinnedShare(DISTANCES)
+        self.by_size = BinnedShare(SIZES)
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Adds one image's label map, ``uint8 [H, W]`` each."""
+    def update(self, prediction: Tensor, sample: Sample) -> None:
+        """Adds one image's label map, ``uint8 [H, W]``, and what is annotated there."""
+        target = sample.labels
         self.overall.update(prediction, target)
         self.boundary.update(prediction, target)
+        right, counts = prediction == target, target != VOID
+        self.by_distance.update(boundary_distance(target)[counts], right[counts])
+        for k, annotation in enumerate(sample.annotations):
+            mask = object_mask(sample, k)
+            if mask.any():
+                named = (prediction[mask] == annotation.label).double().mean()
+                self.by_size.update(mask.sum()[None].sqrt(), named[None])
 
     def merge(self, other: Score) -> None:
         """Adds what another process counted."""
         self.overall.merge(other.overall)
         self.boundary.merge(other.boundary)
+        self.by_distance.merge(other.by_distance)
+        self.by_size.merge(other.by_size)
 
     def summary(self, class_names: Sequence[str]) -> dict[str, object]:
-        """The figures as JSON-like values, in per cent; ``None`` where nothing counts."""
+        """The figures as JSON-like values, in per cent; ``None`` where nothing counts.
+
+        ``by_distance`` has the share of right pixels by their distance from the nearest
+        boundary, ``by_size`` the mean share of an object's pixels that got its class, by the
+        square root of its area. ``up_to`` is in pixels, ``None`` for all that is more.
+        """
         return {
             "miou": _percent(self.overall.mean_iou()),
             "pixel_accuracy": _percent(self.overall.pixel_accuracy()),
             "boundary_accuracy": _percent(self.boundary.pixel_accuracy()),
             "boundary_miou": _percent(self.boundary.mean_iou()),
             "per_class_iou": dict(zip(class_names, map(_percent, self.overall.iou().tolist()))),
+            "by_distance": _rows(self.by_distance),
+            "by_size": _rows(self.by_size),
+            "confusion": self.overall.matrix.tolist(),
         }
+
+
+def boundary_distance(target: Tensor) -> Tensor:
+    """How far each pixel is from the nearest pixel with another label.
+
+    Args:
+        target: ``uint8 [H, W]``; void counts as a label of its own.
+
+    Returns:
+        ``float32 [H, W]``, in pixels, at least 1; infinite where all labels are equal.
+    """
+    labels = target.numpy()
+    window = np.ones((3, 3), np.uint8)
+    rim = (cv2.dilate(labels, window) != labels) | (cv2.erode(labels, window) != labels)
+    if not rim.any():
+        return torch.full(target.shape, math.inf)
+    inside = cv2.distanceTransform((~rim).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return torch.from_numpy(inside + 1)
+
+
+def _rows(binned: BinnedShare) -> list[dict[str, float | None]]:
+    return [
+        {"up_to": limit, "count": int(count), "right": _percent(share)}
+        for limit, count, share in zip(
+            [*binned.limits.tolist(), None], binned.counts.tolist(), binned.share().tolist()
+        )
+    ]
 
 
 def _percent(share: float) -> float | None:
@@ -110,7 +167,7 @@ def evaluate(
         sample = dataset[i]
         for method, labels in predict(i, sample).items():
             score = scores.setdefault(method, Score(dataset.num_classes))
-            score.update(labels, sample.labels)
+            score.update(labels, sample)
     if processes == 1:
         return scores
     total: dict[str, Score] = {}
@@ -138,8 +195,13 @@ def record(path: str | Path, **facts: object) -> dict[str, object]:
     """
     run = {**facts, **provenance()}
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(run, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(_compact(json.dumps(run, indent=2, allow_nan=False)) + "\n")
     return run
+
+
+def _compact(text: str) -> str:
+    """Puts lists of plain numbers on one line."""
+    return re.sub(r"\[[\d\s.,eE+-]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
 
 
 def read_record(name: str) -> dict[str, object]:

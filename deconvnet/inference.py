@@ -248,7 +248,8 @@ class Predictor:
         edge_boxes: How proposals are found; None to segment the image as one crop.
         crf: The last step; None to do without.
         device: Where to compute; by default a GPU if there is one.
-        edge_model: File of OpenCV's structured-forest edges; None for gradient edges.
+        edge_model: A file of edge weights or of OpenCV's structured forest, in place of
+            ``edge_boxes.edges``.
         class_names: Names of the classes, the background first; by default those that were
             saved with the weights.
         prepare: Whether copies that :func:`deconvnet.deployment.prepare_for_inference` made
@@ -304,11 +305,12 @@ class Predictor:
         self.class_colours = None if colours is None else torch.tensor(colours, dtype=torch.uint8)
 
     @classmethod
-    def from_pretrained(cls, name: str = "shapes", **options: Any) -> Predictor:
+    def from_pretrained(cls, name: str = "voc", **options: Any) -> Predictor:
         """Builds a predictor from the weights that come with the package.
 
         Args:
-            name: ``"shapes"``, the embedded data set's classes.
+            name: ``"voc"``, PASCAL VOC's twenty classes in photographs, or ``"shapes"``, the
+                embedded data set's.
             **options: Any argument of :class:`Predictor` except the networks.
         """
         return cls.from_files(pretrained(f"{name}-deconvnet"), pretrained(f"{name}-fcn"), **options)

@@ -10,6 +10,8 @@ Kohli, Ladicky, Torr, IJCV 2009, section 5 (the trimap around boundaries).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -123,6 +125,63 @@ class BoundaryConfusionMatrix(ConfusionMatrix):
         """Adds the pixels that lie in the band; see :meth:`ConfusionMatrix.update`."""
         _check_label_maps(prediction, target)
         super().update(prediction, target.masked_fill(~boundary_band(target, self.width), VOID))
+
+
+class BinnedShare:
+    """How much is right where, by ranges of some quantity: objects by size, pixels by distance.
+
+    Args:
+        limits: Ascending upper ends of the ranges, each included; beyond the last is one more.
+
+    Attributes:
+        counts: ``float64 [len(limits) + 1]``, how many values fell into each range.
+        right: ``float64 [len(limits) + 1]``, the sum of their shares.
+
+    Example:
+        >>> by_size = BinnedShare([32, 96])
+        >>> by_size.update(torch.tensor([20, 40, 300]), torch.tensor([0.5, 1.0, 0.0]))
+        >>> by_size.share().tolist()
+        [0.5, 1.0, 0.0]
+    """
+
+    def __init__(self, limits: Sequence[float]) -> None:
+        self.limits = torch.tensor(limits, dtype=torch.float64)
+        if not len(self.limits) or (self.limits.diff() <= 0).any():
+            raise ValueError(f"limits must be ascending, at least one; got {list(limits)}")
+        self.counts = torch.zeros(len(limits) + 1, dtype=torch.float64)
+        self.right = torch.zeros_like(self.counts)
+
+    def update(self, values: Tensor, shares: Tensor) -> None:
+        """Adds values and how much of each is right.
+
+        Args:
+            values: ``[N]``, such as sides of objects in pixels.
+            shares: ``[N]``, numbers from 0 to 1, or booleans.
+
+        Raises:
+            ValueError: The two differ in shape.
+        """
+        if values.shape != shares.shape or values.ndim != 1:
+            raise ValueError(
+                f"values and shares must both be [N], got {list(values.shape)} and "
+                f"{list(shares.shape)}"
+            )
+        bins = torch.bucketize(values.double(), self.limits)
+        self.counts += torch.bincount(bins, minlength=len(self.counts))
+        self.right += torch.bincount(bins, shares.double(), minlength=len(self.counts))
+
+    def merge(self, other: BinnedShare) -> None:
+        """Adds the counts of ``other``, of the same limits."""
+        if not torch.equal(other.limits, self.limits):
+            raise ValueError(
+                f"cannot merge limits {other.limits.tolist()} into {self.limits.tolist()}"
+            )
+        self.counts += other.counts
+        self.right += other.right
+
+    def share(self) -> Tensor:
+        """The mean share in each range, ``float64 [len(limits) + 1]``; NaN for an empty one."""
+        return self.right / self.counts
 
 
 def boundary_band(target: Tensor, width: int) -> Tensor:

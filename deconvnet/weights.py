@@ -1,7 +1,8 @@
 """Weights in and out: ImageNet's VGG-16 into the encoder, whole models to and from files.
 
 Our own files are ``safetensors``: tensors plus the network's configuration as JSON, so that a
-file alone rebuilds its model and nothing in it can execute.
+file rebuilds its model and nothing in it can execute. To be small, a file may hold its kernels in
+8 bits, and leave its encoder to another file.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ARCHITECTURES = {
     "fcn8s": (FCN8s, FCNConfig),
     "edges": (EdgeNet, EdgeConfig),
 }
+SCALE = ".scale"  # after the name of a kernel of 8 bits: the name of its factors
 SHIPPED = Path(__file__).parent / "pretrained"
 
 
@@ -40,36 +42,90 @@ def save_model(
     path: str | Path,
     metadata: Mapping[str, object] | None = None,
     dtype: torch.dtype | None = None,
+    encoder_of: str | Path | None = None,
 ) -> None:
     """Writes a model's weights, its configuration and any metadata to one file.
 
     Args:
-        model: A :class:`~deconvnet.model.DeconvNet` or :class:`~deconvnet.fcn.FCN8s`.
+        model: A :class:`~deconvnet.model.DeconvNet`, :class:`~deconvnet.fcn.FCN8s` or
+            :class:`~deconvnet.edges.EdgeNet`.
         path: The ``.safetensors`` file to write.
         metadata: JSON-like facts to keep with the weights, such as ``class_names``.
-        dtype: Store the parameters in this type; ``torch.float16`` halves the file. Batch norm's
+        dtype: Store the parameters in this type. ``torch.float16`` halves the file;
+            ``torch.int8`` quarters it: kernels become whole numbers from -127 to 127 times one
+            factor for each slice of their first axis, other parameters ``float16``. Batch norm's
             statistics stay as they are, for a variance may lie outside half precision's range.
+        encoder_of: A file in the same folder whose encoder is this model's too, so that it is
+            not stored again.
 
     Raises:
-        TypeError: The model is neither, the metadata is not JSON-like or the dtype not floating.
+        TypeError: The model is none of them, the metadata is not JSON-like or the dtype neither
+            floating nor ``int8``.
+        ValueError: The other file holds another encoder, or lies in another folder.
     """
     name = next((n for n, (kind, _) in ARCHITECTURES.items() if isinstance(model, kind)), None)
     if name is None:
-        raise TypeError(f"model must be a DeconvNet or an FCN8s, got {type(model).__name__}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating type, got {dtype}")
+        raise TypeError(
+            f"model must be a DeconvNet, an FCN8s or an EdgeNet, got {type(model).__name__}"
+        )
+    if dtype is not None and dtype != torch.int8 and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating type or int8, got {dtype}")
     statistics = dict(model.named_buffers())
-    tensors = {
-        key: (value if dtype is None or key in statistics else value.to(dtype)).contiguous().cpu()
-        for key, value in model.state_dict().items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if dtype is None or key in statistics:
+            tensors[key] = value
+        elif dtype != torch.int8:
+            tensors[key] = value.to(dtype)
+        elif value.ndim < 2:
+            tensors[key] = value.half()
+        else:
+            tensors[key], tensors[key + SCALE] = quantise(value)
     header = {
         "architecture": name,
         "config": json.dumps(asdict(model.config)),
         "metadata": json.dumps(dict(metadata or {})),
     }
+    if encoder_of is not None:
+        tensors = _without_encoder(tensors, Path(encoder_of), Path(path))
+        header["encoder_of"] = Path(encoder_of).name
+    tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, header)
+
+
+def quantise(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a kernel to 8 bits.
+
+    Args:
+        kernel: ``[K, ...]``, floating.
+
+    Returns:
+        ``int8 [K, ...]`` in -127 to 127, and ``float32 [K]``: the factors that give the kernel
+        back, up to half a step of each.
+    """
+    kernel = kernel.detach().float()
+    factors = kernel.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
+    return (kernel / _column(factors, kernel)).round().to(torch.int8), factors
+
+
+def dequantise(kernel: Tensor, factors: Tensor) -> Tensor:
+    """Returns what :func:`quantise` rounded, ``float32 [K, ...]``."""
+    return kernel.float() * _column(factors, kernel)
+
+
+def _column(factors: Tensor, kernel: Tensor) -> Tensor:
+    return factors.view(-1, *[1] * (kernel.ndim - 1))
+
+
+def _without_encoder(tensors: dict[str, Tensor], other: Path, path: Path) -> dict[str, Tensor]:
+    if other.resolve().parent != path.resolve().parent:
+        raise ValueError(f"{other}: must lie in the folder of {path}, which refers to it")
+    own = {key: value for key, value in tensors.items() if key.startswith("encoder.")}
+    theirs = {k: v for k, v in _read(other)[1].items() if k.startswith("encoder.")}
+    if own.keys() != theirs.keys() or not all(torch.equal(own[k], theirs[k]) for k in own):
+        raise ValueError(f"{other}: its encoder is not this model's, or is stored in another type")
+    return {key: value for key, value in tensors.items() if key not in own}
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -94,6 +150,17 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
             f"found architecture {header.get('architecture')!r}"
         )
     kind, config_kind = ARCHITECTURES[header["architecture"]]
+    if "encoder_of" in header:
+        other = Path(path).parent / Path(header["encoder_of"]).name
+        if not other.is_file():
+            raise FileNotFoundError(f"{path}: its encoder is in {other}, which is missing")
+        shared = {k: v for k, v in _read(other)[1].items() if k.startswith("encoder.")}
+        tensors = shared | tensors
+    tensors = {
+        key: dequantise(value, tensors[key + SCALE]) if key + SCALE in tensors else value
+        for key, value in tensors.items()
+        if not key.endswith(SCALE)
+    }
     try:
         fields = {
             key: tuple(value) if isinstance(value, list) else value

@@ -110,7 +110,9 @@ def test_empty_data_set() -> None:
 
 def test_nothing_to_count_is_null_not_nan() -> None:
     score = Score(2)
-    score.update(torch.zeros(4, 4, dtype=torch.uint8), torch.full((4, 4), 255, dtype=torch.uint8))
+    void = torch.full((4, 4), 255, dtype=torch.uint8)
+    sample = Sample("void", torch.zeros(3, 4, 4, dtype=torch.uint8), void, None, ())
+    score.update(torch.zeros(4, 4, dtype=torch.uint8), sample)
     summary = score.summary(["background", "thing"])
     assert summary["miou"] is None
     assert summary["per_class_iou"] == {"background": None, "thing": None}
