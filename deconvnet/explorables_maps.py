@@ -351,7 +351,7 @@ def crf_still(data: dict[str, Any]) -> Figure:
 def _defaults(
     predictor: Predictor | None, samples: Sequence[Sample] | None, indices: Sequence[int]
 ) -> tuple[Predictor, Sequence[Sample]]:
-    predictor = predictor or Predictor.from_pretrained(device="cpu")
+    predictor = predictor or Predictor.from_pretrained("shapes", device="cpu")
     samples = [_scene(i) for i in indices] if samples is None else samples
     if not samples:
         raise ValueError("samples must hold at least one scene, got none")

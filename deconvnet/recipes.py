@@ -281,12 +281,13 @@ def default_settings(recipe: Recipe, stage: str) -> StageConfig:
 def facts(recipe_name: str, stage: str, dataset: VOCDataset, seed: int) -> dict[str, object]:
     """What a weights file says of itself: classes, origin, and the settings to use it with."""
     recipe = RECIPES[recipe_name]()
+    origin = {"recipe": recipe_name, "stage": stage, "seed": seed}
+    if stage == "edges":
+        return {"class_names": ["no outline", "outline"], **origin}
     return {
         "class_names": list(dataset.class_names),
         "class_colours": dataset.colours.tolist(),
-        "recipe": recipe_name,
-        "stage": stage,
-        "seed": seed,
+        **origin,
         "settings": {
             "config": asdict(recipe.inference),
             "edge_boxes": asdict(recipe.edge_boxes),

@@ -24,7 +24,7 @@ from deconvnet.shapes import CLASS_NAMES
 from deconvnet.voc import VOCDataset, read_image, read_label_map
 from deconvnet.weights import SHIPPED, load_model, save_model
 
-COMMANDS = ("data", "train", "segment", "evaluate", "proposals", "demo")
+COMMANDS = ("data", "train", "compress", "segment", "evaluate", "proposals", "demo")
 SIZES = {"widths": (4, 4, 4, 6, 8), "encoder_depths": (1,) * 5, "fc_width": 8}
 DECODER = {"decoder_depths": (1,) * 5}
 SHIPPED_FILES = [SHIPPED / f"shapes-{name}.safetensors" for name in ("deconvnet", "fcn")]

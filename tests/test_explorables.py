@@ -265,7 +265,9 @@ def test_decoder_refuses_what_it_cannot_show(tiny):
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor.from_pretrained(device="cpu", config=InferenceConfig(num_proposals=4))
+    return Predictor.from_pretrained(
+        "shapes", device="cpu", config=InferenceConfig(num_proposals=4)
+    )
 
 
 @pytest.fixture(scope="module")

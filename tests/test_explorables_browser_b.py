@@ -160,7 +160,7 @@ def test_proposals_by_keyboard(explorable):
 
 def test_maximum_and_sum_have_the_mean_iou_that_the_package_computes(explorable):
     seen = explorable("proposals")
-    predictor = Predictor.from_pretrained(device="cpu")
+    predictor = Predictor.from_pretrained("shapes", device="cpu")
     sample = make_scene(seed=scene_seed(0, "val", PROPOSAL_SCENES[0]))
     boxes = edge_boxes(sample.image, predictor.edge_boxes).boxes
     slider(seen).fill("8")

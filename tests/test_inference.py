@@ -457,7 +457,7 @@ def test_from_pretrained_builds_both_networks(monkeypatch):
     loaded["shapes-deconvnet"].metadata = {"settings": settings}
     monkeypatch.setattr(inference, "pretrained", lambda name: name)
     monkeypatch.setattr(inference, "load_model", loaded.__getitem__)
-    predictor = Predictor.from_pretrained(device="cpu", crf=None)
+    predictor = Predictor.from_pretrained("shapes", device="cpu", crf=None)
     assert predictor.deconvnet is loaded["shapes-deconvnet"]
     assert predictor.fcn is loaded["shapes-fcn"]
     assert predictor.config.num_proposals == 7  # as the weights say
@@ -557,7 +557,9 @@ def test_bad_configuration_is_named(field):
 
 def test_predictor_computes_with_prepared_copies():
     scene = make_scene(seed=5).image[:, :120, :150]
-    fast, plain = (Predictor.from_pretrained(crf=None, prepare=flag) for flag in (True, False))
+    fast, plain = (
+        Predictor.from_pretrained("shapes", crf=None, prepare=flag) for flag in (True, False)
+    )
     boxes = proposals().boxes
     actual, expected = fast(scene, boxes), plain(scene, boxes)
     assert [type(n) for n in fast._prepared] == [DeconvNet, FCN8s]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deconvnet import recipes
+from deconvnet.edges import EdgeNet
 from deconvnet.fcn import FCN8s
 from deconvnet.instances import balanced_indices
 from deconvnet.model import DeconvNet
@@ -82,11 +83,11 @@ def test_crops_fit_their_network(
     recipe = make()
     with torch.device("meta"):
         model = make_network(recipe, stage, dataset.num_classes)
-    assert isinstance(model, FCN8s if stage == "fcn" else DeconvNet)
-    assert model.config.num_classes == 13
+    assert isinstance(model, {"fcn": FCN8s, "edges": EdgeNet}.get(stage, DeconvNet))
+    assert model.config.num_classes == (2 if stage == "edges" else 13)
     for training in (True, False):
         crops = stage_crops(recipe, stage, dataset, proposals, training, seed=3)
-        cut = crops.crops if stage == "classify" else crops
+        cut = crops.crops if stage in ("classify", "edges") else crops
         assert cut.train == training
         assert cut.config.seed == 3
         image, labels = crops[0]
@@ -154,6 +155,18 @@ def test_start_is_copied_as_far_as_it_fits(stage: str, begins: str) -> None:
         make_network(recipe, stage, 13, start=make_network(other, "1", 13))
 
 
+def test_fcn_gives_its_fc_layers_where_they_are_of_one_size() -> None:
+    for recipe, shared in ((recipes.compact(), ("encoder.", "fc6.", "fc7.")),
+                           (recipes.tiny(), ("encoder.",))):  # fmt: skip
+        fcn = make_network(recipe, "fcn", 21)
+        model = make_network(recipe, "1", 21, start=fcn).state_dict()
+        equal = {n for n, t in fcn.state_dict().items() if n in model and torch.equal(model[n], t)}
+        weights = {n for n in equal if n.endswith("0.weight")}
+        assert weights == {
+            n for n in fcn.state_dict() if n.startswith(shared) and n.endswith("0.weight")
+        }
+
+
 @pytest.mark.parametrize("stage", ["1", "fcn"])
 def test_new_classes_begin_anew_and_all_else_is_copied(stage: str) -> None:
     recipe = recipes.tiny()
@@ -177,7 +190,7 @@ def test_unknown_stage_is_refused(dataset: VOCDataset) -> None:
         lambda: stage_crops(recipes.tiny(), "3", dataset),
         lambda: recipes.default_settings(recipes.tiny(), "3"),
     ):
-        with pytest.raises(ValueError, match=r"stage must be one of \('classify', .*got '3'"):
+        with pytest.raises(ValueError, match=r"stage must be one of \('edges', .*got '3'"):
             call()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,15 @@ from torchvision.models.vgg import make_layers
 from deconvnet import weights
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.model import DeconvNet, ModelConfig, deconvnet_tiny
-from deconvnet.weights import calibrate_batch_norm, load_model, load_vgg16, pretrained, save_model
+from deconvnet.weights import (
+    calibrate_batch_norm,
+    dequantise,
+    load_model,
+    load_vgg16,
+    pretrained,
+    quantise,
+    save_model,
+)
 
 WIDTHS = (8, 12, 16, 20, 24)
 FC = 32
@@ -415,13 +424,67 @@ def test_half_precision_files(tmp_path, model, dtype):
     assert next(model.parameters()).dtype == torch.float32  # the model itself is not touched
 
 
+def test_files_of_8_bits(tmp_path, model):
+    path, full = tmp_path / "small.safetensors", tmp_path / "full.safetensors"
+    save_model(model, path, {"who": "me"}, torch.int8)
+    save_model(model, full)
+    assert path.stat().st_size < 0.8 * full.stat().st_size  # much of so small a file is names
+    again = load_model(path)
+    assert again.metadata == {"who": "me"}
+    parameters = dict(model.named_parameters())
+    for key, value in model.state_dict().items():
+        loaded = again.state_dict()[key]
+        assert loaded.dtype == value.dtype
+        if key not in parameters:
+            assert torch.equal(loaded, value), key  # statistics stay
+        elif value.ndim < 2:
+            assert torch.equal(loaded, value.half().float()), key
+        else:  # at most half a step, and the largest of each slice is exact
+            largest = value.flatten(1).abs().amax(1)
+            step = largest.view(-1, *[1] * (value.ndim - 1)) / 127
+            assert ((loaded - value).abs() <= 0.501 * step).all(), key
+            torch.testing.assert_close(loaded.flatten(1).abs().amax(1), largest)
+
+
+def test_a_kernel_of_zeros_survives_8_bits():
+    whole, factors = quantise(torch.zeros(2, 3, 1, 1))
+    assert whole.dtype == torch.int8
+    assert torch.equal(dequantise(whole, factors), torch.zeros(2, 3, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.int8])
+def test_an_encoder_kept_in_another_file(tmp_path, model, dtype):
+    fcn = FCN8s(replace(FCNConfig.tiny(), widths=model.config.widths,
+                        encoder_depths=model.config.encoder_depths))  # fmt: skip
+    fcn.encoder.load_state_dict(model.encoder.state_dict())
+    whole, fcn_path, path = (tmp_path / f"{n}.safetensors" for n in ("whole", "fcn", "net"))
+    save_model(model, whole, dtype=dtype)
+    save_model(fcn, fcn_path, dtype=dtype)
+    save_model(model, path, dtype=dtype, encoder_of=fcn_path)
+    assert path.stat().st_size < whole.stat().st_size
+    expected, found = load_model(whole).state_dict(), load_model(path).state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+    elsewhere = tmp_path / "elsewhere" / "net.safetensors"
+    with pytest.raises(ValueError, match="must lie in the folder"):
+        save_model(model, elsewhere, dtype=dtype, encoder_of=fcn_path)
+    with torch.no_grad():
+        model.encoder.blocks[0][0][0].weight[0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="fcn.safetensors: its encoder is not this model's"):
+        save_model(model, tmp_path / "x.safetensors", dtype=dtype, encoder_of=fcn_path)
+    fcn_path.unlink()
+    with pytest.raises(FileNotFoundError, match="its encoder is in .*fcn.safetensors, which is"):
+        load_model(path)
+
+
 def test_saving_what_is_no_model(tmp_path, model):
-    with pytest.raises(TypeError, match="DeconvNet or an FCN8s, got Linear"):
+    with pytest.raises(TypeError, match="FCN8s or an EdgeNet, got Linear"):
         save_model(nn.Linear(2, 2), tmp_path / "x.safetensors")
     with pytest.raises(TypeError, match="JSON"):
         save_model(model, tmp_path / "x.safetensors", {"thing": object()})
-    with pytest.raises(TypeError, match="floating type, got torch.int8"):
-        save_model(model, tmp_path / "x.safetensors", dtype=torch.int8)
+    with pytest.raises(TypeError, match="floating type or int8, got torch.int16"):
+        save_model(model, tmp_path / "x.safetensors", dtype=torch.int16)
     assert os.listdir(tmp_path) == []
 
 

@@ -50,7 +50,8 @@ def main() -> None:
     scene = make_scene(seed=scene_seed(options.seed, "val", options.index))
     recipe = tiny()
     predictor = Predictor.from_pretrained(
-        config=recipe.inference, edge_boxes=recipe.edge_boxes, crf=recipe.crf, device="cpu"
+        "shapes", config=recipe.inference, edge_boxes=recipe.edge_boxes, crf=recipe.crf,
+        device="cpu",
     )
     found = predictor(scene.image)
     names = predictor.class_names
