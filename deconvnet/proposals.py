@@ -223,8 +223,8 @@ def learned_edges(
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     with torch.inference_mode():
         outline = network(image[None])[0].softmax(0)[1].numpy()
-    # As with gradients: where nothing is certain, the likeliest outline counts as one.
-    scale = max(float(np.quantile(outline, 0.99)), 0.1)
+    # Where nothing is certain, the likeliest outline counts as one.
+    scale = max(float(outline.max()), 0.1)
     magnitude = cv2.GaussianBlur(np.minimum(outline / scale, 1), (0, 0), 1.0)
     return magnitude, _ridge_orientation(magnitude)
 

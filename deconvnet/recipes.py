@@ -52,6 +52,7 @@ class Recipe:
     stage1: StageConfig
     stage2: StageConfig
     single: StageConfig | None = None  # FCN-8s, DeconvNet on whole images; by default as stage 1
+    fcn_stage: StageConfig | None = None  # FCN-8s where it is trained otherwise
     classify: StageConfig | None = None  # where ImageNet gives no weights for fc6 and fc7
     edge_net: EdgeConfig = EdgeConfig()
     edges: StageConfig = replace(StageConfig.small(), batch_size=16, micro_batch=16)
@@ -80,30 +81,46 @@ def tiny() -> Recipe:
 
 
 def compact() -> Recipe:
-    """VOC on a small machine: VGG-16's encoder, a narrow rest, 96 px crops, AdamW."""
-    stage = StageConfig(
+    """VOC on a small machine: VGG-16's encoder, a narrow rest, 96 px crops, AdamW.
+
+    The FCN comes first. DeconvNet starts from its encoder, fc6 and fc7, as the paper's starts
+    from a VGG-16 that can classify, and keeps that encoder as it is: two networks that are stored
+    in little more than the space of one. It learns under deep supervision.
+    """
+    common = StageConfig(
         iterations=20_000,
-        batch_size=16,
-        micro_batch=16,
         optimizer="adamw",
-        learning_rate=5e-4,
-        encoder_rate=0.2,
         bias_rate=1.0,
         weight_decay=0.01,
         schedule="poly",
         warmup=50,
-        frozen_blocks=3,
         validate_every=500,
         checkpoint_every=100,
+    )
+    decoder = replace(
+        common,
+        batch_size=32,
+        micro_batch=32,
+        learning_rate=1e-3,
+        frozen_blocks=5,
+        deep_supervision=0.3,
+    )
+    fcn = replace(
+        common,
+        batch_size=16,
+        micro_batch=16,
+        learning_rate=5e-4,
+        encoder_rate=0.2,
+        frozen_blocks=3,
     )
     return Recipe(
         model=ModelConfig.compact(),
         fcn=FCNConfig.compact(),
         instances=InstanceConfig(resize=107, crop=96),  # the paper's 250 to 224
-        # fc6 and fc7 are too narrow to take VGG-16's, so they learn to classify on their own
-        classify=replace(stage, batch_size=32, micro_batch=32, frozen_blocks=5),
-        stage1=stage,
-        stage2=stage,
+        classify=replace(decoder, deep_supervision=0.0),
+        stage1=decoder,
+        stage2=decoder,
+        fcn_stage=fcn,
         inference=InferenceConfig(include_whole_image=True, precision="auto"),
         balance=0.5,
         calibrate=True,
@@ -273,6 +290,8 @@ def default_settings(recipe: Recipe, stage: str) -> StageConfig:
         return recipe.classify
     if stage == "edges":
         return recipe.edges
+    if stage == "fcn" and recipe.fcn_stage is not None:
+        return recipe.fcn_stage
     if stage in ("fcn", "whole"):
         return recipe.single or recipe.stage1
     return recipe.stage2 if stage == "2" else recipe.stage1
