@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from deconvnet.evaluation import provenance, record
 from deconvnet.folders import open_dataset
-from deconvnet.proposals import EdgeBoxesConfig, compute_proposals, recall
+from deconvnet.proposals import compute_proposals, recall
 
 COUNTS = (10, 50, 500, 2000)
 OVERLAPS = (0.5, 0.7)
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--limit", type=int, help="only the first so many images")
     parser.add_argument(
-        "--edges", nargs="+", default=["gradient"], help='"gradient", or files of edge models'
+        "--edges", nargs="+", default=["gradient"], help="gradient, or OpenCV's model.yml.gz"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, help="record the results here")
@@ -46,10 +45,9 @@ def main() -> None:
     measured = {}
     for edges in options.edges:
         started = time.process_time()
-        proposals = compute_proposals(
-            dataset, None, replace(EdgeBoxesConfig(), edges=edges), progress=not options.json
-        )
-        measured[Path(edges).parent.name or edges] = {
+        model = None if edges == "gradient" else edges
+        proposals = compute_proposals(dataset, model_path=model, progress=not options.json)
+        measured[Path(edges).name] = {
             "cpu_seconds_an_image": round((time.process_time() - started) / len(dataset), 3),
             "recall": [
                 {

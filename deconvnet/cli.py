@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--cache", type=Path, help="cache folder (with --data)")
     sub.add_argument("--workers", type=int, help="processes (all cores)")
     sub.add_argument("--recipe", choices=list(recipes.RECIPES), default="tiny")
-    sub.add_argument("--edge-model", type=Path, help="edges: weights, or OpenCV's model.yml.gz")
+    sub.add_argument("--edge-model", type=Path, help="OpenCV's model.yml.gz")
 
     sub = command(
         "demo",
@@ -217,7 +217,7 @@ def _add_method(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--num-proposals", type=int, help="crops an image (50)")
     sub.add_argument("--whole", action="store_true", help="one crop, the whole image")
     sub.add_argument("--no-crf", action="store_true", help="leave the dense CRF out")
-    sub.add_argument("--edge-model", type=Path, help="edges: weights, or OpenCV's model.yml.gz")
+    sub.add_argument("--edge-model", type=Path, help="OpenCV's model.yml.gz")
     _add_device(sub)
 
 

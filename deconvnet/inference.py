@@ -248,8 +248,7 @@ class Predictor:
         edge_boxes: How proposals are found; None to segment the image as one crop.
         crf: The last step; None to do without.
         device: Where to compute; by default a GPU if there is one.
-        edge_model: A file of edge weights or of OpenCV's structured forest, in place of
-            ``edge_boxes.edges``.
+        edge_model: File of OpenCV's structured-forest edges; None for gradient edges.
         class_names: Names of the classes, the background first; by default those that were
             saved with the weights.
         prepare: Whether copies that :func:`deconvnet.deployment.prepare_for_inference` made

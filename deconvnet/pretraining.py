@@ -9,15 +9,12 @@ name the object in the centre of a crop.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from deconvnet.instances import CropDataset
 from deconvnet.model import DeconvNet
-from deconvnet.proposals import cv2  # from there, as it explains a failing import
-from deconvnet.voc import VOID
 
 
 class CropClassifier(nn.Module):
@@ -61,53 +58,3 @@ class ClassifiedCrops(Dataset):
         image, _ = self.crops[key]
         label = self.example_labels[key[0] if isinstance(key, tuple) else key]
         return image, torch.full((1, 1), int(label), dtype=torch.uint8)
-
-
-class BoundaryCrops(Dataset):
-    """Crops whose labels are 1 on the outlines of what is labelled, and 0 elsewhere.
-
-    Args:
-        crops: For example :class:`deconvnet.instances.WindowDataset`.
-    """
-
-    def __init__(self, crops: CropDataset) -> None:
-        self.crops, self.dataset = crops, crops.dataset
-        self.example_labels = crops.example_labels
-
-    def __len__(self) -> int:
-        return len(self.crops)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Returns ``(image uint8 [3, S, S], outlines uint8 [S, S])``."""
-        image, labels = self.crops[key]
-        return image, boundaries(labels)
-
-
-def boundaries(labels: Tensor) -> Tensor:
-    """Marks where labels change, three pixels wide.
-
-    VOC leaves a rim of void around objects, since nobody can say where exactly they end; the
-    outline is drawn through its middle.
-
-    Args:
-        labels: ``uint8 [H, W]``, 255 is void.
-
-    Returns:
-        ``uint8 [H, W]``, 1 on outlines and 0 elsewhere.
-    """
-    known = labels.numpy()
-    void = known == VOID
-    if void.all():
-        return torch.zeros_like(labels)
-    if void.any():  # each void pixel takes the label of the nearest pixel that has one
-        _, nearest = cv2.distanceTransformWithLabels(
-            void.astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
-        )
-        label_of = np.zeros(nearest.max() + 1, np.uint8)
-        label_of[nearest[~void]] = known[~void]
-        known = label_of[nearest]
-    # The largest and the smallest of 3 x 3 labels differ where any two of them do.
-    window = np.ones((3, 3), np.uint8)
-    return torch.from_numpy(
-        (cv2.dilate(known, window) != cv2.erode(known, window)).astype(np.uint8)
-    )

@@ -1,4 +1,4 @@
-"""Object proposals: Edge Boxes on learned or gradient edges.
+"""Object proposals: Edge Boxes on structured-forest or gradient edges.
 
 At inference nobody says where the objects are, so DeconvNet asks Edge Boxes (Zitnick and Dollár,
 ECCV 2014) for about 2,000 boxes and segments the best 50. A box scores high if it wholly encloses
@@ -6,10 +6,9 @@ many contours: edge pixels are grouped into segments, and segments that reach ac
 border count nothing. OpenCV has that part; what it needs is a *thinned* edge map with the
 orientation of each edge.
 
-Three edge maps are on offer. The paper's, structured forests, needs a trained model
-(:func:`download_structured_edge_model`). In its place a small network that comes with the package
-(:mod:`deconvnet.edges`) draws the outlines of objects in photographs. The gradient map needs
-nothing and finds any edge, of objects or not.
+Two edge maps are on offer. The paper's, structured forests, needs a trained model
+(:func:`download_structured_edge_model`). The gradient map needs nothing, and finds fewer objects
+with the same number of boxes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -35,10 +34,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
-from deconvnet.edges import EdgeNet
 from deconvnet.hardware import distributed_position, gathered
 from deconvnet.voc import VOCDataset, write_atomically
-from deconvnet.weights import load_model, pretrained
 
 try:
     import cv2
@@ -77,7 +74,6 @@ class EdgeBoxesConfig:
     min_box_area: float = 1000.0  # px^2, smallest box (search strategy)
     gamma: float = 2.0  # how fast affinity falls with a change in direction (edge groups)
     kappa: float = 1.5  # how fast the weight of contours falls with box size (box scoring)
-    edges: str = "learned"  # see edge_map; the paper has structured forests
     max_side: int = 640  # px, larger images are searched at this size; VOC's have at most 500
 
     def __post_init__(self) -> None:
@@ -96,8 +92,8 @@ class EdgeBoxesConfig:
 
     @classmethod
     def tiny(cls) -> EdgeBoxesConfig:
-        """For drawn scenes of about 200 px, whose objects are smaller than VOC's."""
-        return cls(min_box_area=200.0, edges="gradient")
+        """For images of about 200 px, whose objects are smaller than VOC's."""
+        return cls(min_box_area=200.0)
 
 
 class Proposals(NamedTuple):
@@ -115,14 +111,12 @@ class Proposals(NamedTuple):
 # ------------------------------------------------------------------------------------- edges
 
 
-def edge_map(image: Tensor, edges: str | Path = "learned") -> tuple[Tensor, Tensor]:
+def edge_map(image: Tensor, model_path: str | Path | None = None) -> tuple[Tensor, Tensor]:
     """Finds thin edges and the direction across them.
 
     Args:
         image: ``uint8 [3, H, W]`` RGB.
-        edges: ``"learned"``, the network that comes with the package; ``"gradient"``; a file of
-            an :class:`~deconvnet.edges.EdgeNet` (``.safetensors``); or one of OpenCV's structured
-            forest.
+        model_path: OpenCV's structured forest; None for gradient edges.
 
     Returns:
         ``float32 [H, W]`` edge magnitude in [0, 1], thinned to its ridges, and
@@ -134,17 +128,11 @@ def edge_map(image: Tensor, edges: str | Path = "learned") -> tuple[Tensor, Tens
         TypeError: If the image is not ``uint8``.
     """
     pixels = _pixels(image)
-    if edges == "gradient":
-        magnitude, orientation = gradient_edges(pixels)
+    if model_path is None:
+        edges, orientation = gradient_edges(pixels)
     else:
-        path = _edge_model(edges)
-        find = learned_edges if path.suffix == ".safetensors" else _structured_edges
-        magnitude, orientation = find(pixels, path)
-    return torch.from_numpy(thin(magnitude, orientation)), torch.from_numpy(orientation)
-
-
-def _edge_model(edges: str | Path) -> Path:
-    return pretrained("edges") if edges == "learned" else Path(edges)
+        edges, orientation = _structured_edges(pixels, model_path)
+    return torch.from_numpy(thin(edges, orientation)), torch.from_numpy(orientation)
 
 
 def gradient_edges(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -205,47 +193,6 @@ def thin(edges: np.ndarray, orientation: np.ndarray, radius: int = 1) -> np.ndar
     return np.where(ridge, edges, np.float32(0))
 
 
-def learned_edges(
-    pixels: np.ndarray, path: str | Path | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Edges as a network's belief that a pixel lies on the outline of an object.
-
-    Args:
-        pixels: ``uint8 [H, W, 3]`` RGB.
-        path: Weights of an :class:`~deconvnet.edges.EdgeNet`; None for those of the package.
-
-    Returns:
-        ``float32 [H, W]`` magnitude in [0, 1], not thinned, and ``float32 [H, W]`` angle of the
-        edge's normal in [0, pi).
-    """
-    path = _edge_model("learned") if path is None else path
-    network = _edge_net(str(path), _model_digest(path))
-    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    with torch.inference_mode():
-        outline = network(image[None])[0].softmax(0)[1].numpy()
-    # Where nothing is certain, the likeliest outline counts as one.
-    scale = max(float(outline.max()), 0.1)
-    magnitude = cv2.GaussianBlur(np.minimum(outline / scale, 1), (0, 0), 1.0)
-    return magnitude, _ridge_orientation(magnitude)
-
-
-def _ridge_orientation(magnitude: np.ndarray) -> np.ndarray:
-    """The direction in which a ridge falls off most steeply: its second derivative is lowest."""
-    smooth = cv2.GaussianBlur(magnitude, (0, 0), 2.0)
-    xx, xy, yy = (
-        cv2.Sobel(smooth, cv2.CV_32F, *orders, ksize=3) for orders in ((2, 0), (1, 1), (0, 2))
-    )
-    return _half_turn(np.arctan2(-2 * xy, yy - xx) / 2)
-
-
-@lru_cache(maxsize=1)
-def _edge_net(path: str, digest: str) -> EdgeNet:
-    network = load_model(path)
-    if not isinstance(network, EdgeNet):
-        raise ValueError(f"{path}: expected an EdgeNet, got a {type(network).__name__}")
-    return network
-
-
 def _structured_edges(pixels: np.ndarray, path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     detector = _detector(str(path), _model_digest(path))
     edges = np.clip(detector.detectEdges(pixels.astype(np.float32) / 255), 0, 1)
@@ -304,8 +251,7 @@ def edge_boxes(
     Args:
         image: ``uint8 [3, H, W]`` RGB.
         config: Settings; the authors' by default.
-        model_path: A file of an edge network or of OpenCV's structured forest, in place of
-            ``config.edges``.
+        model_path: OpenCV's structured forest; None for gradient edges.
 
     Returns:
         At most ``config.max_boxes`` boxes, best first; none for an image without edges.
@@ -323,10 +269,9 @@ def edge_boxes(
         size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         image = torch.from_numpy(pixels).permute(2, 0, 1)
-    edges, orientation = (t.numpy() for t in edge_map(image, model_path or config.edges))
+    edges, orientation = (t.numpy() for t in edge_map(image, model_path))
 
-    ours = ("max_side", "edges")
-    settings = {_camel_case(k): v for k, v in asdict(config).items() if k not in ours}
+    settings = {_camel_case(k): v for k, v in asdict(config).items() if k != "max_side"}
     finder = _ximgproc().createEdgeBoxes(**settings)
     found, scores = finder.getBoundingBoxes(edges, orientation)
     if not len(found):  # then OpenCV returns () and None
@@ -407,8 +352,7 @@ def compute_proposals(
         config: Settings; Edge Boxes' defaults if None.
         workers: Threads; None takes one a core.
         progress: Show a progress bar.
-        model_path: A file of an edge network or of OpenCV's structured forest, in place of
-            ``config.edges``.
+        model_path: OpenCV's structured forest; None for gradient edges.
 
     Returns:
         One entry an image, in order.
@@ -421,14 +365,11 @@ def compute_proposals(
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    edges = str(model_path or config.edges)
-    if edges != "gradient":
-        path = _edge_model(edges)
-        edges = _model_digest(path)  # what is in the file counts, not its name
-        # Loaded once, and not once a thread.
-        (_edge_net if path.suffix == ".safetensors" else _detector)(str(path), edges)
-    key = sorted(asdict(replace(config, edges=edges)).items())
-    settings = repr((_VERSION, cv2.__version__, key))
+    model = None
+    if model_path is not None:
+        model = _model_digest(model_path)
+        _detector(str(model_path), model)  # once, and not once a thread
+    settings = repr((_VERSION, cv2.__version__, sorted(asdict(config).items()), model))
     if cache_dir is not None:
         cache_dir = Path(cache_dir)
         cache_dir.mkdir(parents=True, exist_ok=True)

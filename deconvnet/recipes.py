@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from deconvnet.crf import CRFConfig
-from deconvnet.edges import EdgeConfig, EdgeNet
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.inference import InferenceConfig
 from deconvnet.instances import (
@@ -28,16 +27,16 @@ from deconvnet.instances import (
     balanced_indices,
 )
 from deconvnet.model import DeconvNet, ModelConfig
-from deconvnet.pretraining import BoundaryCrops, ClassifiedCrops, CropClassifier
+from deconvnet.pretraining import ClassifiedCrops, CropClassifier
 from deconvnet.proposals import EdgeBoxesConfig, Proposals
 from deconvnet.supervision import DeeplySupervised
 from deconvnet.training import StageConfig, crop_loss, train
 from deconvnet.voc import VOCDataset
 from deconvnet.weights import calibrate_batch_norm, load_vgg16
 
-STAGES = ("edges", "classify", "fcn", "whole", "1", "2")
-"""What can be trained: outlines for Edge Boxes, a classifier to start from where there are no
-ImageNet weights, FCN-8s, DeconvNet on whole images, and the paper's two stages."""
+STAGES = ("classify", "fcn", "whole", "1", "2")
+"""What can be trained: a classifier to start from where there are no ImageNet weights, FCN-8s,
+DeconvNet on whole images, and the paper's two stages."""
 
 CLASS_LAYERS = ("score", "up")  # first letters of the layers with one channel a class
 
@@ -54,8 +53,6 @@ class Recipe:
     single: StageConfig | None = None  # FCN-8s, DeconvNet on whole images; by default as stage 1
     fcn_stage: StageConfig | None = None  # FCN-8s where it is trained otherwise
     classify: StageConfig | None = None  # where ImageNet gives no weights for fc6 and fc7
-    edge_net: EdgeConfig = EdgeConfig()
-    edges: StageConfig = replace(StageConfig.small(), batch_size=16, micro_batch=16)
     inference: InferenceConfig = InferenceConfig()
     edge_boxes: EdgeBoxesConfig = EdgeBoxesConfig()
     crf: CRFConfig = CRFConfig()
@@ -167,8 +164,6 @@ def make_network(
         ValueError: There is no such stage, or ``start`` is of other sizes.
     """
     _check_stage(stage)
-    if stage == "edges":
-        return EdgeNet(recipe.edge_net)
     if stage == "fcn":
         model: nn.Module = FCN8s(replace(recipe.fcn, num_classes=num_classes))
     else:
@@ -229,10 +224,9 @@ def stage_crops(
     """
     _check_stage(stage)
     config = replace(recipe.instances, seed=seed)
-    if stage in ("fcn", "edges"):
-        size = (recipe.fcn if stage == "fcn" else recipe.edge_net).input_size
-        windows = WindowDataset(dataset, replace(config, crop=size, resize=size), training)
-        return windows if stage == "fcn" else BoundaryCrops(windows)
+    if stage == "fcn":
+        size = recipe.fcn.input_size
+        return WindowDataset(dataset, replace(config, crop=size, resize=size), training)
     if stage == "whole":
         return WholeImageDataset(dataset, config, training)
     if stage in ("1", "classify"):
@@ -288,8 +282,6 @@ def default_settings(recipe: Recipe, stage: str) -> StageConfig:
         if recipe.classify is None:
             raise ValueError("this recipe starts from ImageNet weights; pass vgg16 instead")
         return recipe.classify
-    if stage == "edges":
-        return recipe.edges
     if stage == "fcn" and recipe.fcn_stage is not None:
         return recipe.fcn_stage
     if stage in ("fcn", "whole"):
@@ -300,13 +292,12 @@ def default_settings(recipe: Recipe, stage: str) -> StageConfig:
 def facts(recipe_name: str, stage: str, dataset: VOCDataset, seed: int) -> dict[str, object]:
     """What a weights file says of itself: classes, origin, and the settings to use it with."""
     recipe = RECIPES[recipe_name]()
-    origin = {"recipe": recipe_name, "stage": stage, "seed": seed}
-    if stage == "edges":
-        return {"class_names": ["no outline", "outline"], **origin}
     return {
         "class_names": list(dataset.class_names),
         "class_colours": dataset.colours.tolist(),
-        **origin,
+        "recipe": recipe_name,
+        "stage": stage,
+        "seed": seed,
         "settings": {
             "config": asdict(recipe.inference),
             "edge_boxes": asdict(recipe.edge_boxes),

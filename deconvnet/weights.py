@@ -23,16 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from deconvnet.edges import EdgeConfig, EdgeNet
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.files import atomic_write
 from deconvnet.model import DeconvNet, ModelConfig
 
-ARCHITECTURES = {
-    "deconvnet": (DeconvNet, ModelConfig),
-    "fcn8s": (FCN8s, FCNConfig),
-    "edges": (EdgeNet, EdgeConfig),
-}
+ARCHITECTURES = {"deconvnet": (DeconvNet, ModelConfig), "fcn8s": (FCN8s, FCNConfig)}
 SCALE = ".scale"  # after the name of a kernel of 8 bits: the name of its factors
 SHIPPED = Path(__file__).parent / "pretrained"
 
@@ -47,8 +42,7 @@ def save_model(
     """Writes a model's weights, its configuration and any metadata to one file.
 
     Args:
-        model: A :class:`~deconvnet.model.DeconvNet`, :class:`~deconvnet.fcn.FCN8s` or
-            :class:`~deconvnet.edges.EdgeNet`.
+        model: A :class:`~deconvnet.model.DeconvNet` or :class:`~deconvnet.fcn.FCN8s`.
         path: The ``.safetensors`` file to write.
         metadata: JSON-like facts to keep with the weights, such as ``class_names``.
         dtype: Store the parameters in this type. ``torch.float16`` halves the file;
@@ -59,15 +53,13 @@ def save_model(
             not stored again.
 
     Raises:
-        TypeError: The model is none of them, the metadata is not JSON-like or the dtype neither
+        TypeError: The model is neither, the metadata is not JSON-like or the dtype neither
             floating nor ``int8``.
         ValueError: The other file holds another encoder, or lies in another folder.
     """
     name = next((n for n, (kind, _) in ARCHITECTURES.items() if isinstance(model, kind)), None)
     if name is None:
-        raise TypeError(
-            f"model must be a DeconvNet, an FCN8s or an EdgeNet, got {type(model).__name__}"
-        )
+        raise TypeError(f"model must be a DeconvNet or an FCN8s, got {type(model).__name__}")
     if dtype is not None and dtype != torch.int8 and not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating type or int8, got {dtype}")
     statistics = dict(model.named_buffers())

@@ -71,7 +71,7 @@ def test_orientation_is_the_angle_of_the_normal(degrees: int) -> None:
     y, x = torch.meshgrid(torch.arange(-40.0, 41), torch.arange(-40.0, 41), indexing="ij")
     side = x * math.cos(normal) + y * math.sin(normal)
     image = (torch.sigmoid(side) * 200).to(torch.uint8).expand(3, -1, -1).contiguous()
-    edges, orientation = edge_map(image, "gradient")
+    edges, orientation = edge_map(image)
     strong = edges > 0.5
     strong[:5], strong[-5:], strong[:, :5], strong[:, -5:] = False, False, False, False
     assert strong.sum() > 40
@@ -81,7 +81,7 @@ def test_orientation_is_the_angle_of_the_normal(degrees: int) -> None:
 
 
 def test_edges_have_the_promised_type_and_range() -> None:
-    edges, orientation = edge_map(scene(), "gradient")
+    edges, orientation = edge_map(scene())
     assert edges.dtype == orientation.dtype == torch.float32
     assert edges.shape == orientation.shape == (130, 160)
     assert edges.min() == 0 and edges.max() == 1
@@ -91,14 +91,14 @@ def test_edges_have_the_promised_type_and_range() -> None:
 def test_colour_alone_makes_an_edge() -> None:
     image = torch.zeros(3, 60, 60, dtype=torch.uint8)
     image[0, :, :30], image[1, :, 30:] = 150, 107  # red, green of about the same lightness
-    edges, _ = edge_map(image, "gradient")
+    edges, _ = edge_map(image)
     assert (edges[10:50].argmax(dim=1) - 29.5).abs().max() <= 1
     assert edges[10:50].amax(dim=1).min() > 0.9
 
 
 def test_noise_in_an_empty_image_is_no_edge() -> None:
     image = (128 + torch.randint(-1, 2, (3, 80, 80))).to(torch.uint8)
-    assert edge_map(image, "gradient")[0].max() < 0.5
+    assert edge_map(image)[0].max() < 0.5
 
 
 def test_thin_keeps_the_ridge_only() -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from deconvnet import recipes
-from deconvnet.edges import EdgeNet
 from deconvnet.fcn import FCN8s
 from deconvnet.instances import balanced_indices
 from deconvnet.model import DeconvNet
@@ -83,11 +82,11 @@ def test_crops_fit_their_network(
     recipe = make()
     with torch.device("meta"):
         model = make_network(recipe, stage, dataset.num_classes)
-    assert isinstance(model, {"fcn": FCN8s, "edges": EdgeNet}.get(stage, DeconvNet))
-    assert model.config.num_classes == (2 if stage == "edges" else 13)
+    assert isinstance(model, FCN8s if stage == "fcn" else DeconvNet)
+    assert model.config.num_classes == 13
     for training in (True, False):
         crops = stage_crops(recipe, stage, dataset, proposals, training, seed=3)
-        cut = crops.crops if stage in ("classify", "edges") else crops
+        cut = crops.crops if stage == "classify" else crops
         assert cut.train == training
         assert cut.config.seed == 3
         image, labels = crops[0]
@@ -190,7 +189,7 @@ def test_unknown_stage_is_refused(dataset: VOCDataset) -> None:
         lambda: stage_crops(recipes.tiny(), "3", dataset),
         lambda: recipes.default_settings(recipes.tiny(), "3"),
     ):
-        with pytest.raises(ValueError, match=r"stage must be one of \('edges', .*got '3'"):
+        with pytest.raises(ValueError, match=r"stage must be one of \('classify', .*got '3'"):
             call()
 
 
@@ -208,7 +207,8 @@ def test_each_stage_has_its_settings() -> None:
     ):
         assert recipes.default_settings(recipe, stage) == expected
     compact = recipes.compact()
-    assert recipes.default_settings(compact, "fcn") == compact.stage1
+    assert recipes.default_settings(compact, "fcn") == compact.fcn_stage
+    assert recipes.default_settings(compact, "whole") == compact.stage1
     with pytest.raises(ValueError, match="starts from ImageNet weights; pass vgg16"):
         recipes.default_settings(recipes.voc2012(), "classify")
 

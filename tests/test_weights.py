@@ -479,7 +479,7 @@ def test_an_encoder_kept_in_another_file(tmp_path, model, dtype):
 
 
 def test_saving_what_is_no_model(tmp_path, model):
-    with pytest.raises(TypeError, match="FCN8s or an EdgeNet, got Linear"):
+    with pytest.raises(TypeError, match="DeconvNet or an FCN8s, got Linear"):
         save_model(nn.Linear(2, 2), tmp_path / "x.safetensors")
     with pytest.raises(TypeError, match="JSON"):
         save_model(model, tmp_path / "x.safetensors", {"thing": object()})
