@@ -378,7 +378,6 @@ def _used(predictor: Predictor) -> str:
 def run_evaluate(options: argparse.Namespace) -> None:
     """``deconvnet evaluate``."""
     predictor = _predictor(options)
-    print(_used(predictor))
     dataset = open_dataset(options.data, options.split, limit=options.limit)
     _check_classes(predictor, dataset)
     boxes = None
@@ -391,6 +390,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     )
     if distributed_position()[0] > 0:
         return
+    print(_used(predictor))
     for method, score in scores.items():
         miou, pixels = 100 * score.overall.mean_iou(), 100 * score.overall.pixel_accuracy()
         print(f"{method:10s} mIoU {miou:5.2f}   pixels {pixels:5.2f}")

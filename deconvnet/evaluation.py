@@ -201,7 +201,8 @@ def record(path: str | Path, **facts: object) -> dict[str, object]:
 
 def _compact(text: str) -> str:
     """Puts lists of plain numbers on one line."""
-    return re.sub(r"\[[\d\s.,eE+-]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
+    rows = r"\[\s+([-\d.,eE+\s]+?)\s+\]"
+    return re.sub(rows, lambda row: "[" + " ".join(row[1].split()) + "]", text)
 
 
 def read_record(name: str) -> dict[str, object]:

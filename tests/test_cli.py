@@ -114,7 +114,7 @@ def test_help_has_examples_that_parse(command: str, capsys: pytest.CaptureFixtur
         assert program == "deconvnet"
         assert cli.parser().parse_args(arguments).command == command
     assert "--seed" in text
-    if command not in ("data", "proposals"):
+    if command not in ("data", "compress", "proposals"):
         assert "--device" in text
 
 
@@ -324,6 +324,28 @@ def test_device_is_checked_before_anything_else(capsys: pytest.CaptureFixture[st
         assert "cannot be used" in refused(capsys, "demo", "-o", "demo.png", "--device", "cuda")
 
 
+# compress
+
+
+def test_compress(
+    networks: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcn, net = tmp_path / "fcn.safetensors", tmp_path / "net.safetensors"
+    assert main(["compress", networks["fcn"], "-o", str(fcn)]) == 0
+    assert capsys.readouterr().out == f"{fcn} {fcn.stat().st_size / 1e6:.1f} MB\n"
+    before, after = load_model(networks["fcn"]), load_model(fcn)
+    assert after.metadata == before.metadata
+    difference = after.fc6[0].weight - before.fc6[0].weight
+    assert 0 < difference.abs().max() < 0.01 * before.fc6[0].weight.abs().max()
+
+    assert main(["compress", networks["deconvnet"], "-o", str(net), "--dtype", "float16"]) == 0
+    capsys.readouterr()
+    half = load_model(net).fc7[0].weight
+    assert torch.equal(half, load_model(networks["deconvnet"]).fc7[0].weight.half().float())
+    message = fails(capsys, "compress", networks["deconvnet"], "-o", net, "--encoder-of", fcn)
+    assert "fcn.safetensors: its encoder is not this model's" in message
+
+
 # segment
 
 
@@ -341,7 +363,8 @@ def test_segment(
     assert picture.shape == image.shape
     assert torch.equal(picture[:, labels == 0], image[:, labels == 0])
     assert not torch.equal(picture, image)
-    files, shares = capsys.readouterr().out.strip().splitlines()
+    files, used, shares = capsys.readouterr().out.strip().splitlines()
+    assert used == "with DeconvNet, FCN-8s, 3 proposals, dense CRF"
     assert files == f"{out} {tmp_path / 'new' / 'labels-overlay.png'}"
     present = [CLASS_NAMES[c] for c in labels.unique().tolist()]
     assert [share.split()[0] for share in shares.split(", ")] == present
@@ -438,7 +461,8 @@ def test_evaluate(
         "--cache", str(tmp_path / "cache"), "--out", str(out), *options(networks),
     ]  # fmt: skip
     assert main(command) == 0
-    printed = capsys.readouterr().out.splitlines()
+    used, *printed = capsys.readouterr().out.splitlines()
+    assert used == "with DeconvNet, FCN-8s, 2 proposals, dense CRF"
     assert [line.split()[0] for line in printed] == ["fcn", "deconvnet", "ensemble", "crf"]
     run = json.loads(out.read_text())
     assert (run["dataset"], run["split"], run["images"], run["seed"]) == ("shapes", "val", 2, 0)
@@ -461,8 +485,9 @@ def test_evaluate_whole_images_without_proposals(
     command = ["evaluate", "--data", str(shapes_root), "--limit", "1", "--quiet", "--no-crf"]
     assert main([*command, "--whole", "--fcn", "none", *options(networks)[:2]]) == 0
     assert main([*command, "--deconvnet", "none", *options(networks)[2:]]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["deconvnet", "fcn"]
+    deconvnet, _, fcn, _ = lines = capsys.readouterr().out.splitlines()
+    assert (deconvnet, fcn) == ("with DeconvNet, one crop", "with FCN-8s")
+    assert [line.split()[0] for line in lines[1::2]] == ["deconvnet", "fcn"]
 
 
 def test_evaluate_bad_input(
@@ -567,8 +592,9 @@ def test_shipped_weights_are_missing(
 def test_segment_with_the_shipped_weights(
     shapes_root: Path, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Straight after installing: the labels are mostly right, with nothing but defaults."""
-    assert main(["segment", photo, "-o", str(tmp_path / "labels.png")]) == 0
+    """Straight after installing the labels are mostly right."""
+    shapes = ["--deconvnet", "shapes-deconvnet", "--fcn", "shapes-fcn"]
+    assert main(["segment", photo, "-o", str(tmp_path / "labels.png"), *shapes]) == 0
     assert "background" in capsys.readouterr().out
     dataset = VOCDataset(shapes_root, "val", limit=1)
     labels, truth = read_label_map(tmp_path / "labels.png", 13), dataset.labels(0)

@@ -19,6 +19,7 @@ from deconvnet import evaluation
 from deconvnet.evaluation import (
     BOUNDARY_WIDTH,
     Score,
+    boundary_distance,
     evaluate,
     read_log,
     record,
@@ -71,6 +72,50 @@ def test_evaluate_counts_over_the_whole_data_set(dataset: VOCDataset) -> None:
     for name, expected in zip(dataset.class_names, iou, strict=True):
         found = summary["per_class_iou"][name]
         assert found is None if math.isnan(expected) else abs(found - expected) <= 0.005
+
+
+def test_objects_and_pixels_are_judged_by_size_and_distance(dataset: VOCDataset) -> None:
+    summary = evaluate(guess, dataset, progress=False)["shifted"].summary(dataset.class_names)
+    sides, shares, distances, right = [], [], [], []
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        labels = guess(i, sample)["shifted"].numpy()
+        for k, annotation in enumerate(sample.annotations):
+            mask = (sample.objects == k + 1).numpy() & (sample.labels == annotation.label).numpy()
+            if mask.any():
+                sides.append(mask.sum() ** 0.5)
+                shares.append((labels[mask] == annotation.label).mean())
+        target = sample.labels.numpy()
+        near = boundary_distance(sample.labels).numpy()
+        distances.append(near[target != 255])
+        right.append((labels == target)[target != 255])
+    for rows, limits, values, found in (
+        (summary["by_size"], evaluation.SIZES, np.array(sides), np.array(shares)),
+        (summary["by_distance"], evaluation.DISTANCES, *map(np.concatenate, (distances, right))),
+    ):
+        assert [row["up_to"] for row in rows] == [*limits, None]
+        low = 0
+        for row, high in zip(rows, [*limits, math.inf]):
+            inside = (values > low) & (values <= high)
+            assert row["count"] == inside.sum()
+            if inside.any():
+                assert row["right"] == pytest.approx(100 * found[inside].mean(), abs=0.006)
+            low = high
+    assert sum(row["count"] for row in summary["by_size"]) > 10
+
+
+def test_distance_from_the_nearest_boundary() -> None:
+    labels = torch.zeros(5, 9, dtype=torch.uint8)
+    labels[:, 4:] = 2
+    assert boundary_distance(labels).tolist() == [[4, 3, 2, 1, 1, 2, 3, 4, 5]] * 5
+    assert boundary_distance(torch.zeros(3, 3, dtype=torch.uint8)).isinf().all()
+
+
+def test_records_keep_rows_of_numbers_on_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    written = record(path, confusion=[[1, 20], [3, 4]], text="[1,\n 2]", parts=[{"a": [-0.5]}])
+    assert json.loads(path.read_text()) == written
+    assert "    [1, 20],\n    [3, 4]\n" in path.read_text().replace("[ ", "[").replace(" ]", "]")
 
 
 def test_truth_scores_100(dataset: VOCDataset) -> None:

@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import (
 )
 
 from deconvnet.metrics import (
+    BinnedShare,
     BoundaryConfusionMatrix,
     ConfusionMatrix,
     boundary_accuracy,
@@ -170,3 +171,37 @@ def test_single_map_accuracy_equals_the_matrix(seed, width):
     confusion.update(prediction, target)
     expected = confusion.pixel_accuracy()
     assert boundary_accuracy(prediction, target, width) == pytest.approx(expected, nan_ok=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), n=st.integers(0, 40))
+def test_shares_by_range_match_a_loop(seed, n):
+    random = np.random.default_rng(seed)
+    values, shares = random.integers(0, 12, n), random.random(n)
+    binned, other = BinnedShare([2, 5, 9]), BinnedShare([2, 5, 9])
+    binned.update(torch.from_numpy(values[: n // 2]), torch.from_numpy(shares[: n // 2]))
+    other.update(torch.from_numpy(values[n // 2 :]), torch.from_numpy(shares[n // 2 :]))
+    binned.merge(other)
+    ranges = [(-1, 2), (2, 5), (5, 9), (9, math.inf)]
+    for i, (low, high) in enumerate(ranges):
+        inside = [s for v, s in zip(values, shares) if low < v <= high]
+        assert binned.counts[i] == len(inside)
+        share = binned.share()[i].item()
+        assert math.isnan(share) if not inside else share == pytest.approx(np.mean(inside))
+
+
+def test_shares_take_booleans_and_infinite_values():
+    binned = BinnedShare([1.0])
+    binned.update(torch.tensor([1.0, math.inf, 2.0]), torch.tensor([True, False, True]))
+    assert binned.share().tolist() == [1.0, 0.5]
+
+
+def test_bad_shares():
+    with pytest.raises(ValueError, match="limits must be ascending"):
+        BinnedShare([3, 3])
+    with pytest.raises(ValueError, match="at least one"):
+        BinnedShare([])
+    with pytest.raises(ValueError, match=r"must both be \[N\], got \[2\] and \[3\]"):
+        BinnedShare([1]).update(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="cannot merge"):
+        BinnedShare([1]).merge(BinnedShare([2]))
