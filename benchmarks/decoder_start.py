@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--dataset-name", help="how the record calls the data (the folder's name)")
-    parser.add_argument("--vgg16", required=True, help="ImageNet weights: a file, or vgg16")
+    parser.add_argument("--vgg16", help="ImageNet weights: a file, or vgg16; else from nothing")
     parser.add_argument("--fcn", type=Path, required=True, help="weights of a trained FCN-8s")
     parser.add_argument("--recipe", choices=recipes.RECIPES, default="compact")
     parser.add_argument("--updates", type=int, default=120)
@@ -46,24 +46,20 @@ def main() -> None:
     crops = recipes.stage_crops(recipe, "1", train)
     checks = recipes.stage_crops(recipe, "1", val, training=False)
     # Spread over the validation images, since neighbours are alike.
-    spread = range(0, len(checks), max(len(checks) // options.crops, 1))[: options.crops]
-    checks = Subset(checks, list(spread))
+    every = max(len(checks) // options.crops, 1)
+    checks = Subset(checks, range(0, len(checks), every)[: options.crops])
     calibration = recipes.calibration_crops(crops) if recipe.calibrate else None
     settings = replace(
         recipe.stage1, iterations=options.updates, log_every=10, validate_every=options.updates
     )
     runs = []
-    for start, weight in itertools.product(("imagenet", "fcn"), (0.0, 0.3)):
+    starts = {
+        "imagenet" if options.vgg16 else "nothing": (options.vgg16, calibration, None),
+        "fcn": (None, None, load_model(options.fcn)),
+    }
+    for (start, given), weight in itertools.product(starts.items(), (0.0, 0.3)):
         torch.manual_seed(0)
-        imagenet = start == "imagenet"
-        model = recipes.make_network(
-            recipe,
-            "1",
-            train.num_classes,
-            vgg16=options.vgg16 if imagenet else None,
-            calibration=calibration if imagenet else None,
-            start=None if imagenet else load_model(options.fcn),
-        )
+        model = recipes.make_network(recipe, "1", train.num_classes, *given)
         with tempfile.TemporaryDirectory() as folder:
             recipes.train_stage(
                 recipe, "1", model, crops, folder,

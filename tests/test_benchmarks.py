@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from deconvnet import recipes
+from deconvnet.evaluation import evaluate, stage_labels
+from deconvnet.folders import open_dataset
+from deconvnet.inference import Predictor
+from deconvnet.weights import pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -58,6 +66,55 @@ def test_training() -> None:
     found = answer("training", "--recipe", "tiny", "--batch", "4", "--micro-batch", "2")
     assert {way["recompute"] for way in found["ways"]} == {False, True}
     assert all(way["crops_a_second"] > 0 for way in found["ways"])
+
+
+def test_ladder_of_photographs(shapes_root: Path, tmp_path: Path) -> None:
+    """On embedded scenes, whose format is the same."""
+    fcn, net = (str(pretrained(f"shapes-{name}")) for name in ("fcn", "deconvnet"))
+    done = call(
+        "benchmarks/voc.py", "--data", str(shapes_root), "--recipe", "tiny", "--limit", "2",
+        "--search", "2", "--fcn", fcn, "--stage1", net, "--stage2", net,
+        "--out", str(tmp_path / "run.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["images"] == 2
+    methods = found["methods"]
+    assert methods["stage1"]["confusion"] == methods["deconvnet"]["confusion"]  # one network
+    assert methods["deconvnet"]["confusion"] != methods["whole"]["confusion"]
+
+    # The snapshots are what the package's own way gives.
+    dataset = open_dataset(shapes_root, "val", limit=2)
+    config = replace(recipes.tiny().inference, include_whole_image=True, num_proposals=10)
+    predictor = Predictor.from_pretrained("shapes", config=config, device="cpu", crf=None)
+    scores = evaluate(lambda i, s: stage_labels(predictor(s.image)), dataset, progress=False)
+    for name, ours in (("deconvnet", "proposals-10"), ("fcn", "fcn")):
+        summary = scores[name].summary(dataset.class_names)
+        assert summary["miou"] == pytest.approx(methods[ours]["miou"], abs=0.1)
+
+
+def test_decoder_start(shapes_root: Path, tmp_path: Path) -> None:
+    done = call(
+        "benchmarks/decoder_start.py", "--data", str(shapes_root), "--recipe", "tiny",
+        "--fcn", str(pretrained("shapes-fcn")), "--updates", "1", "--crops", "4",
+        "--out", str(tmp_path / "run.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert [(run["start"], run["deep_supervision"]) for run in runs] == [
+        ("nothing", 0.0), ("nothing", 0.3), ("fcn", 0.0), ("fcn", 0.3),
+    ]  # fmt: skip
+    plain, deep, _, deeper = (run["curve"][-1]["loss"] for run in runs)
+    assert plain == pytest.approx(math.log(13), rel=0.02)  # it knows nothing
+    assert min(deep, deeper) > 2 * plain  # its own loss, and 0.3 of six more
+    assert all(0 < run["validation_loss"] < 10 for run in runs)
+
+
+def test_recall_of_proposals(shapes_root: Path) -> None:
+    found = answer("proposals", "--data", str(shapes_root), "--limit", "3")
+    shares = [row["share"] for row in found["edges"]["gradient"]["recall"] if row["iou"] == 0.5]
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.5
 
 
 def test_gpu_checks_are_listed_where_there_is_no_gpu() -> None:
