@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from deconvnet.files import atomic_write
 from deconvnet.hardware import distributed_position, gathered
-from deconvnet.inference import Prediction
+from deconvnet.inference import Prediction, label_map
 from deconvnet.instances import object_mask
 from deconvnet.metrics import VOID, BinnedShare, BoundaryConfusionMatrix, ConfusionMatrix
 from deconvnet.proposals import cv2  # from there, as it explains a failing import
@@ -180,7 +180,8 @@ def evaluate(
 def stage_labels(prediction: Prediction) -> dict[str, Tensor]:
     """The label map that each stage of one prediction would have given, ``uint8 [H, W]``."""
     maps = {method: getattr(prediction, field) for method, field in STAGES.items()}
-    return {m: p.argmax(0).to("cpu", torch.uint8) for m, p in maps.items() if p is not None}
+    size = tuple(prediction.labels.shape)
+    return {m: label_map(p, size) for m, p in maps.items() if p is not None}
 
 
 def record(path: str | Path, **facts: object) -> dict[str, object]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deconvnet.aggregation import Box, ScoreCanvas, cut_crops
 from deconvnet.crf import CRFConfig, dense_crf
@@ -53,6 +54,7 @@ class InferenceConfig:
     combine: str = "max"  # "sum": the alternative that the paper found worse
     min_side: int = 0  # px; smaller boxes are skipped before counting (release: 112)
     include_whole_image: bool = False  # one more box, so that every pixel is seen; ours
+    max_side: int | None = None  # px; Predictor segments larger images at this size; ours
     batch_size: int = 16  # crops that go through the network at once; ours
     precision: str = "portable"  # see deconvnet.hardware.choose_precision; ours
 
@@ -63,7 +65,10 @@ class InferenceConfig:
             raise ValueError(f'combine must be "max" or "sum", got {self.combine!r}')
         if not (math.isfinite(self.context) and self.context > 0):
             raise ValueError(f"context must be a positive factor, got {self.context}")
-        for name, least in (("num_proposals", 0), ("min_side", 0), ("batch_size", 1)):
+        limits = {"num_proposals": 0, "min_side": 0, "batch_size": 1}
+        if self.max_side is not None:
+            limits["max_side"] = 1
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -220,7 +225,8 @@ class Prediction:
     """What :class:`Predictor` found, with every stage on the way; absent stages are None.
 
     ``image`` and ``labels`` are on the CPU, the maps on the predictor's device. Scores and
-    probabilities are ``float32 [C, H, W]``.
+    probabilities are ``float32 [C, H, W]``; of an image larger than ``config.max_side`` they have
+    the size at which it was segmented, and only ``labels`` has the image's own.
     """
 
     image: Tensor  # uint8 [3, H, W]
@@ -365,8 +371,11 @@ class Predictor:
         """
         if isinstance(image, (str, os.PathLike)):
             image = read_image(image)
-        image = check_image(image).cpu()
-        found = self._deconvnet(image, proposals) if self.deconvnet is not None else {}
+        original = check_image(image).cpu()
+        image = shrink(original, self.config.max_side)
+        found = {}
+        if self.deconvnet is not None:
+            found = self._deconvnet(original, image, proposals)
         if self.fcn is not None:
             scores = fcn_scores(self._ready(self.fcn), image, self.config.precision)
             found |= {"fcn_scores": scores, "fcn_probabilities": scores.softmax(0)}
@@ -378,23 +387,29 @@ class Predictor:
         if self.crf is not None:
             probabilities = dense_crf(image.to(self.device), probabilities, self.crf)
             found["crf_probabilities"] = probabilities
-        labels = probabilities.argmax(0).to("cpu", torch.uint8)
+        labels = label_map(probabilities, tuple(original.shape[1:]))
         known = self.class_names, self.class_colours
-        return Prediction(image, labels, probabilities, *known, **found)
+        return Prediction(original, labels, probabilities, *known, **found)
 
-    def _deconvnet(self, image: Tensor, proposals: Proposals | Tensor | None) -> dict[str, object]:
+    def _deconvnet(
+        self, original: Tensor, image: Tensor, proposals: Proposals | Tensor | None
+    ) -> dict[str, object]:
         if proposals is None and self.edge_boxes is not None:
-            proposals = edge_boxes(image, self.edge_boxes, self.edge_model)
+            proposals = edge_boxes(original, self.edge_boxes, self.edge_model)
         if isinstance(proposals, Tensor):
             proposals = Proposals(proposals, torch.zeros(len(proposals)))
+        # Boxes are told in the original's pixels, and cut out of what is segmented.
+        (height, width), (rows, columns) = image.shape[1:], original.shape[1:]
+        scale = torch.tensor([width / columns, height / rows] * 2)
         network = self._ready(self.deconvnet)
         if proposals is None:
             boxes = None
             scores = whole_image_scores(network, image, self.config.precision)
         else:
-            selected = select_boxes(proposals.boxes, tuple(image.shape[1:]), self.config)
-            boxes = torch.tensor(selected, dtype=torch.float32).view(-1, 4)
-            scores = aggregate_proposals(network, image, proposals.boxes, self.config)
+            inside = proposals.boxes if image is original else proposals.boxes.cpu() * scale
+            selected = select_boxes(inside, (height, width), self.config)
+            boxes = torch.tensor(selected, dtype=torch.float32).view(-1, 4) / scale
+            scores = aggregate_proposals(network, image, inside, self.config)
         return {
             "proposals": proposals,
             "boxes": boxes,
@@ -419,6 +434,52 @@ class Predictor:
         if self.config.convention == "release":
             return product_of_scores(found["deconvnet_scores"], found["fcn_scores"])
         return mean_of_probabilities(found["deconvnet_probabilities"], found["fcn_probabilities"])
+
+
+def shrink(image: Tensor, max_side: int | None) -> Tensor:
+    """Reduces an image until neither side exceeds a limit, averaging over what is left out.
+
+    Args:
+        image: ``uint8 [3, H, W]``.
+        max_side: In pixels; None leaves every image as it is.
+
+    Returns:
+        ``uint8 [3, h, w]``, the image itself where it is small enough.
+    """
+    height, width = image.shape[1:]
+    longer = max(height, width)
+    if max_side is None or longer <= max_side:
+        return image
+    size = [max(1, round(side * max_side / longer)) for side in (height, width)]
+    return F.interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)
+
+
+def label_map(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
+    """The most probable class of each pixel of an image that was segmented at another size.
+
+    Args:
+        probabilities: ``[C, h, w]``.
+        size: Height and width of the image.
+
+    Returns:
+        ``uint8 [H, W]`` on the CPU. Between the pixels of the map probabilities are interpolated.
+    """
+    if tuple(probabilities.shape[1:]) == size:
+        return probabilities.argmax(0).to("cpu", torch.uint8)
+    height, width = size
+    labels = torch.empty(size, dtype=torch.uint8)
+    # Whole maps at a photograph's full size would take gigabytes: a band of rows at a time.
+    centres = (torch.arange(height) + 0.5) * probabilities.shape[1] / height - 0.5
+    wide = F.interpolate(
+        probabilities[None], (probabilities.shape[1], width), mode="bilinear", align_corners=False
+    )[0]
+    for start in range(0, height, 256):
+        at = centres[start : start + 256].clamp(0, probabilities.shape[1] - 1).to(wide.device)
+        below = at.floor().long()
+        above = (below + 1).clamp(max=probabilities.shape[1] - 1)
+        rows = torch.lerp(wide[:, below], wide[:, above], (at - below)[None, :, None])
+        labels[start : start + 256] = rows.argmax(0).to("cpu", torch.uint8)
+    return labels
 
 
 def check_image(image: Tensor) -> Tensor:

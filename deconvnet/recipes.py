@@ -118,7 +118,7 @@ def compact() -> Recipe:
         stage1=decoder,
         stage2=decoder,
         fcn_stage=fcn,
-        inference=InferenceConfig(include_whole_image=True, precision="auto"),
+        inference=InferenceConfig(include_whole_image=True, precision="auto", max_side=500),
         balance=0.5,
         calibrate=True,
     )

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +27,9 @@ from deconvnet.inference import (
     TorchvisionFCN,
     aggregate_proposals,
     fcn_scores,
+    label_map,
     select_boxes,
+    shrink,
     whole_image_scores,
 )
 from deconvnet.instances import crop_and_resize
@@ -463,6 +466,52 @@ def test_from_pretrained_builds_both_networks(monkeypatch):
     assert predictor.config.num_proposals == 7  # as the weights say
     assert predictor.edge_boxes.max_boxes == 9
     assert predictor.crf is None  # the option overrules them
+
+
+# ---------------------------------------------------------------------------- large images
+
+
+def test_shrink_averages_and_keeps_the_proportions():
+    image = torch.randint(0, 256, (3, 60, 120), dtype=torch.uint8)
+    assert shrink(image, None) is image
+    assert shrink(image, 120) is image
+    small = shrink(image, 40)
+    assert small.shape == (3, 20, 40)
+    expected = image.float().view(3, 20, 3, 40, 3).mean((2, 4))
+    assert (small.float() - expected).abs().max() <= 0.501
+    assert shrink(torch.zeros(3, 1, 500, dtype=torch.uint8), 50).shape == (3, 1, 50)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (37, 600), (700, 41), (10, 7)])
+def test_label_map_is_the_argmax_of_interpolated_probabilities(size):
+    probabilities = torch.randn(4, 20, 15).softmax(0)
+    whole = F.interpolate(probabilities[None], size, mode="bilinear", align_corners=False)[0]
+    two = whole.topk(2, dim=0).values
+    clear = two[0] - two[1] > 1e-5
+    labels = label_map(probabilities, size)
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels[clear], whole.argmax(0).to(torch.uint8)[clear])
+    assert clear.float().mean() > 0.99
+    same = label_map(probabilities, (20, 15))
+    assert torch.equal(same, probabilities.argmax(0).to(torch.uint8))
+
+
+def test_large_images_are_segmented_at_a_smaller_size():
+    net, fcn = PixelNet(seed=1), PixelNet(seed=2)
+    image = torch.randint(0, 256, (3, 90, 160), dtype=torch.uint8)
+    boxes = torch.tensor([[20.0, 10, 100, 70], [40, 20, 150, 90]])
+    config = InferenceConfig(max_side=80, include_whole_image=True)
+    found = Predictor(net, fcn, config, crf=None, device="cpu")(image, boxes)
+    small = shrink(image, 80)
+    expected = Predictor(net, fcn, replace(config, max_side=None), crf=None, device="cpu")(
+        small, boxes / 2
+    )
+    assert torch.equal(found.image, image)
+    assert torch.equal(found.proposals.boxes, boxes)
+    assert torch.equal(found.boxes, 2 * expected.boxes)
+    assert torch.equal(found.probabilities, expected.probabilities)
+    assert torch.equal(found.labels, label_map(expected.probabilities, (90, 160)))
+    assert found.labels.shape == (90, 160)
 
 
 # -------------------------------------------------------------------------------- bad input
