@@ -1,9 +1,10 @@
-"""The command line: ``deconvnet data|train|segment|evaluate|proposals|demo``."""
+"""The command line: ``deconvnet data``, ``train``, ``segment``, ``evaluate`` and more."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm.auto import tqdm
 
 from deconvnet import recipes
 from deconvnet.crf import CRFConfig
@@ -172,6 +174,17 @@ def parser() -> argparse.ArgumentParser:
     _add_method(sub)
 
     sub = command(
+        "submit",
+        run_submit,
+        "Label maps of a whole split, packed as the PASCAL VOC server takes them.",
+        "--data VOCdevkit/VOC2012 --split test --out submission",
+    )
+    _add_data(sub, split="test", named=False)
+    sub.add_argument("--out", type=Path, required=True, help="folder of the maps and the archive")
+    sub.add_argument("--limit", type=int, help="only the first so many images")
+    _add_method(sub)
+
+    sub = command(
         "proposals",
         run_proposals,
         "Edge Boxes of an image (as JSON) or of a whole data set.",
@@ -201,10 +214,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_data(sub: argparse.ArgumentParser, split: str) -> None:
+def _add_data(sub: argparse.ArgumentParser, split: str, named: bool = True) -> None:
     sub.add_argument("--data", type=Path, required=True, help="data set, see deconvnet.folders")
     sub.add_argument("--split", default=split, help=f"({split})")
-    sub.add_argument("--dataset-name", help="how records call the data (the folder's name)")
+    if named:
+        sub.add_argument("--dataset-name", help="how records call the data (the folder's name)")
 
 
 def _add_method(sub: argparse.ArgumentParser) -> None:
@@ -410,6 +424,20 @@ def run_evaluate(options: argparse.Namespace) -> None:
             crf=predictor.crf and asdict(predictor.crf),
             methods={m: score.summary(dataset.class_names) for m, score in scores.items()},
         )
+
+
+def run_submit(options: argparse.Namespace) -> None:
+    """``deconvnet submit``."""
+    predictor = _predictor(options)
+    dataset = open_dataset(options.data, options.split, limit=options.limit)
+    _check_classes(predictor, dataset)
+    # The competition in which any data may be learned from, as ImageNet is here.
+    folder = Path("results/VOC2012/Segmentation") / f"comp6_{options.split}_cls"
+    for i, name in enumerate(tqdm(dataset.names, unit="image", disable=options.quiet)):
+        path = options.out / folder / f"{name}.png"
+        if not path.exists():  # a command that was stopped goes on
+            write_label_map(path, predictor(dataset.image(i)).labels, dataset.colours)
+    print(shutil.make_archive(str(options.out / "results"), "gztar", options.out, "results"))
 
 
 def run_proposals(options: argparse.Namespace) -> None:

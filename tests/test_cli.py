@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from deconvnet.shapes import CLASS_NAMES
 from deconvnet.voc import VOCDataset, read_image, read_label_map
 from deconvnet.weights import SHIPPED, load_model, save_model
 
-COMMANDS = ("data", "train", "compress", "segment", "evaluate", "proposals", "demo")
+COMMANDS = ("data", "train", "compress", "segment", "evaluate", "submit", "proposals", "demo")
 SIZES = {"widths": (4, 4, 4, 6, 8), "encoder_depths": (1,) * 5, "fc_width": 8}
 DECODER = {"decoder_depths": (1,) * 5}
 SHIPPED_FILES = [SHIPPED / f"shapes-{name}.safetensors" for name in ("deconvnet", "fcn")]
@@ -510,6 +511,40 @@ def test_evaluate_bad_input(
     (other / "SegmentationClass/val_000000.png").write_bytes(b"")
     assert "val_000000.png: expected an image file" in fails(capsys, *command, "--limit", 1)
     assert not out.exists()
+
+
+# submit
+
+
+def test_submit(
+    shapes_root: Path,
+    networks: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = [
+        "submit", "--data", str(shapes_root), "--split", "val", "--limit", "2", "--quiet",
+        "--num-proposals", "2", "--out", str(tmp_path), *options(networks),
+    ]  # fmt: skip
+    assert main(command) == 0
+    archive = tmp_path / "results.tar.gz"
+    assert capsys.readouterr().out == f"{archive}\n"
+    names = VOCDataset(shapes_root, "val", limit=2).names
+    inside = [f"results/VOC2012/Segmentation/comp6_val_cls/{name}.png" for name in names]
+    with tarfile.open(archive) as packed:
+        assert sorted(m.name for m in packed.getmembers() if m.isfile()) == sorted(inside)
+    for name, path in zip(names, inside):
+        image = read_image(shapes_root / "JPEGImages" / f"{name}.jpg")
+        assert read_label_map(tmp_path / path, 13).shape == image.shape[1:]
+
+    # Given again, it does what is missing and nothing else.
+    kept, lost = (tmp_path / path for path in inside)
+    before = lost.read_bytes()
+    lost.unlink()
+    kept.write_bytes(b"kept")
+    assert main(command) == 0
+    assert kept.read_bytes() == b"kept"
+    assert lost.read_bytes() == before
 
 
 # proposals
