@@ -114,7 +114,6 @@ def compact() -> Recipe:
         model=ModelConfig.compact(),
         fcn=FCNConfig.compact(),
         instances=InstanceConfig(resize=107, crop=96),  # the paper's 250 to 224
-        classify=replace(decoder, deep_supervision=0.0),
         stage1=decoder,
         stage2=decoder,
         fcn_stage=fcn,

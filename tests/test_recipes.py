@@ -213,9 +213,11 @@ def test_each_stage_has_its_settings() -> None:
         recipes.default_settings(recipes.voc2012(), "classify")
 
 
-def test_the_compact_classifier_leaves_the_encoder_as_imagenet_made_it() -> None:
+def test_the_compact_networks_share_their_encoder() -> None:
     compact = recipes.compact()
-    assert compact.classify.frozen_blocks == len(compact.model.widths)
+    for stage in ("whole", "1", "2"):
+        settings = recipes.default_settings(compact, stage)
+        assert settings.frozen_blocks == len(compact.model.widths)
 
 
 def test_train_stage_passes_on_what_the_recipe_says(
