@@ -3,8 +3,8 @@
     python benchmarks/voc.py --data data/VOCdevkit/VOC2012 --fcn runs/fcn/weights.safetensors \
         --stage1 runs/stage1/weights.safetensors --stage2 runs/stage2/weights.safetensors
 
-The networks come from ``deconvnet train``, as README says. Each proposal is segmented once; the
-maps for 10, 25, 50 and 100 of them, by maximum and by sum, are snapshots on the way. The CRF's
+The networks come from ``deconvnet train``, as README says; ``torchrun`` shares the images. Each proposal is segmented once; the
+maps for 10, 25 and 50 of them, by maximum and by sum, are snapshots on the way. The CRF's
 settings are searched on training images.
 """
 
@@ -25,13 +25,13 @@ from deconvnet.deployment import prepare_for_inference
 from deconvnet.ensemble import mean_of_probabilities
 from deconvnet.evaluation import evaluate, record
 from deconvnet.folders import open_dataset
-from deconvnet.hardware import choose_precision, default_device
+from deconvnet.hardware import choose_precision, default_device, distributed_position
 from deconvnet.inference import fcn_scores, select_boxes
 from deconvnet.proposals import compute_proposals
 from deconvnet.recipes import RECIPES
 from deconvnet.weights import load_model
 
-COUNTS = (0, 10, 25, 50, 100)
+COUNTS = (0, 10, 25, 50)
 """Proposals, besides the whole image, after which the map is judged."""
 
 METHODS = {
@@ -41,7 +41,6 @@ METHODS = {
     "proposals-10": "DeconvNet after stage 2, 10 proposals",
     "proposals-25": "DeconvNet after stage 2, 25 proposals",
     "deconvnet": "DeconvNet after stage 2, 50 proposals",
-    "proposals-100": "DeconvNet after stage 2, 100 proposals",
     "sum": "DeconvNet after stage 2, 50 proposals, sum instead of maximum",
     "ensemble": "EDeconvNet: mean with FCN-8s",
     "crf": "EDeconvNet + dense CRF",
@@ -89,7 +88,9 @@ def main() -> None:
             yield sample.image, maps["ensemble"].cpu(), sample.labels
 
     search = search_crf(examples(), GRID, recipe.crf)
-    print(f"CRF: {search.best}; {search.without_crf:.3f} to {search.mean_iou:.3f} on train")
+    first = distributed_position()[0] == 0  # under torchrun one process writes
+    if first:
+        print(f"CRF: {search.best}; {search.without_crf:.3f} to {search.mean_iou:.3f} on train")
 
     def predict(i, sample):
         maps = stages(ready, sample.image.to(device), boxes[i].boxes, recipe.inference)
@@ -97,6 +98,8 @@ def main() -> None:
         return {name: maps[name].argmax(0).to("cpu", torch.uint8) for name in METHODS}
 
     scores = evaluate(predict, val)
+    if not first:
+        return
     for name, score in scores.items():
         print(f"{name:14} {100 * score.overall.mean_iou():5.2f}  {METHODS[name]}")
     record(
@@ -144,7 +147,7 @@ def stages(networks, image: Tensor, boxes: Tensor, config) -> dict[str, Tensor]:
     maps = {"fcn": fcn}
     maps["stage1"] = snapshots(networks["stage1"], image, boxes, config, (50,))[50]
     found = snapshots(networks["stage2"], image, boxes, config, COUNTS)
-    maps |= {f"proposals-{n}": found[n] for n in (10, 25, 100)}
+    maps |= {f"proposals-{n}": found[n] for n in (10, 25)}
     maps |= {"whole": found[0], "deconvnet": found[50], "sum": found["sum"]}
     maps["ensemble"] = mean_of_probabilities(found[50].softmax(0), fcn.softmax(0))
     return maps
