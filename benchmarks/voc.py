@@ -3,9 +3,9 @@
     python benchmarks/voc.py --data data/VOCdevkit/VOC2012 --fcn runs/fcn/weights.safetensors \
         --stage1 runs/stage1/weights.safetensors --stage2 runs/stage2/weights.safetensors
 
-The networks come from ``deconvnet train``, as README says; ``torchrun`` shares the images. Each proposal is segmented once; the
-maps for 10, 25 and 50 of them, by maximum and by sum, are snapshots on the way. The CRF's
-settings are searched on training images.
+The networks come from ``deconvnet train``, as README says; ``torchrun`` shares the images. Each
+proposal is segmented once; the maps for 10, 25 and 50 of them, by maximum and by sum, are
+snapshots on the way. The CRF's settings are searched on training images.
 """
 
 from __future__ import annotations
