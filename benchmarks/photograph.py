@@ -1,7 +1,6 @@
 """Is the cat in scikit-image's ``chelsea`` found? Compares the label map with a box drawn by hand.
 
-python benchmarks/photograph.py --deconvnet runs/voc-stage2/weights.safetensors \
-        --fcn runs/voc-fcn/weights.safetensors --out results/chelsea.json
+python benchmarks/photograph.py --out results/chelsea.json
 """
 
 from __future__ import annotations
@@ -23,13 +22,16 @@ BOX = (0, 0, 372, 300)  # xyxy pixels: the cat's face and body, drawn by hand on
 def main() -> None:
     """Segments the photograph and reports the overlap of each stage's cat with the box."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--deconvnet", type=Path, required=True)
-    parser.add_argument("--fcn", type=Path)
+    parser.add_argument("--deconvnet", type=Path, help="weights (the package's own)")
+    parser.add_argument("--fcn", type=Path, help="weights (the package's own)")
     parser.add_argument("--out", type=Path, help="results as JSON")
     parser.add_argument("--picture", type=Path, help="every stage as a picture")
     options = parser.parse_args()
 
-    predictor = Predictor.from_files(options.deconvnet, options.fcn)
+    if options.deconvnet is None:
+        predictor = Predictor.from_pretrained()
+    else:
+        predictor = Predictor.from_files(options.deconvnet, options.fcn)
     image = torch.from_numpy(chelsea()).permute(2, 0, 1).contiguous()
     prediction = predictor(image)
     inside = torch.zeros(image.shape[1:], dtype=torch.bool)

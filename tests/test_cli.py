@@ -13,16 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 
-from deconvnet import cli, recipes, training, weights
+from deconvnet import cli, recipes, training, voc, weights
 from deconvnet.cli import main
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.proposals import edge_boxes
 from deconvnet.shapes import CLASS_NAMES
-from deconvnet.voc import VOCDataset, read_image, read_label_map
+from deconvnet.voc import VOCDataset, read_image, read_label_map, write_image
 from deconvnet.weights import SHIPPED, load_model, save_model
 
 COMMANDS = ("data", "train", "compress", "segment", "evaluate", "submit", "proposals", "demo")
@@ -646,3 +647,38 @@ def test_shipped_weights_are_small_and_know_their_use() -> None:
         metadata = load_model(path).metadata
         assert metadata["class_names"] == list(CLASS_NAMES)
         assert metadata["settings"].keys() == {"config", "edge_boxes", "crf"}
+
+
+@pytest.mark.parametrize(
+    ("photograph", "name", "share", "options"),
+    [("chelsea", "cat", 0.6, []), ("astronaut", "person", 0.25, ["--whole"])],
+)
+def test_photographs_straight_after_installing(
+    photograph: str,
+    name: str,
+    share: float,
+    options: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pixels = getattr(skimage.data, photograph)()
+    write_image(tmp_path / "photo.png", torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    command = ["segment", str(tmp_path / "photo.png"), "-o", str(tmp_path / "out.png")]
+    assert main([*command, "--device", "cpu", *options]) == 0
+    _, used, shares = capsys.readouterr().out.splitlines()
+    assert used.count("(trained on voc2012-subset)") == 2
+    found = {words[0]: float(words[1][:-1]) for words in map(str.split, shares.split(", "))}
+    del found["background"]
+    assert max(found, key=found.get) == name
+    assert found[name] > 100 * share
+
+
+def test_weights_for_photographs_are_small_and_share_an_encoder() -> None:
+    deconvnet, fcn = (SHIPPED / f"voc-{name}.safetensors" for name in ("deconvnet", "fcn"))
+    assert deconvnet.stat().st_size + fcn.stat().st_size < 32e6
+    networks = [load_model(path) for path in (deconvnet, fcn)]
+    for network in networks:
+        assert network.metadata["class_names"] == list(voc.CLASS_NAMES)
+        assert network.metadata["settings"]["config"]["max_side"] == 500
+    ours, theirs = (network.encoder.state_dict() for network in networks)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
