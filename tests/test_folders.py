@@ -13,7 +13,7 @@ from PIL import Image
 from deconvnet.cli import main
 from deconvnet.folders import MIN_OBJECT, FolderDataset, find_objects, open_dataset
 from deconvnet.voc import VOID, VOCDataset, palette, read_label_map
-from deconvnet.weights import load_model
+from deconvnet.weights import load_model, pretrained
 
 CLASSES = "background\npebble #e69f00\nwet leaf #0072B2\ntwig\n\nshell #cc79a7\n"
 NAMES = ("background", "pebble", "wet leaf", "twig", "shell")
@@ -231,3 +231,17 @@ def test_fine_tuning_by_command(
     with Image.open(labels) as image:
         assert image.getpalette()[3:6] == [0xE6, 0x9F, 0]
     assert "background" in capsys.readouterr().out
+
+
+def test_fine_tuning_from_the_weights_for_photographs(beach: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["train", "--data", str(beach), "--quiet", "--recipe", "compact", "--stage", "2"]
+    start = ["--init", "voc-deconvnet", "--new-classes", "--iterations", "1"]
+    assert main([*command, *start, "--out", str(run)]) == 0
+    old, new = load_model(pretrained("voc-deconvnet")), load_model(run / "weights.safetensors")
+    assert tuple(new.metadata["class_names"]) == NAMES
+    assert new.score.out_channels == len(NAMES)
+    for name, tensor in old.encoder.state_dict().items():
+        assert torch.equal(new.encoder.state_dict()[name], tensor)
+    step = new.decoder.blocks[0][0][0].weight - old.decoder.blocks[0][0][0].weight
+    assert 0 < step.abs().max() < 0.01
