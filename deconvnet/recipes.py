@@ -118,6 +118,7 @@ def compact() -> Recipe:
         stage2=decoder,
         fcn_stage=fcn,
         inference=InferenceConfig(include_whole_image=True, precision="auto", max_side=500),
+        crf=CRFConfig(bilateral_sigma=40.0),  # searched on training images by benchmarks/voc.py
         balance=0.5,
         calibrate=True,
     )
