@@ -63,7 +63,7 @@ def prepare_for_inference(
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast.prepared = True
     on_cpu = next(fast.parameters()).device.type == "cpu"
-    _fold_batch_norm(fast)
+    fold_batch_norm(fast)
     if isinstance(fast, DeconvNet):
         fast.fc6[0], fast.fc7[0] = ConvolutionOfAll(fast.fc6[0]), ConvolutionOfAll(fast.fc7[0])
         fast.fc6_deconv[0] = DeconvolutionToAll(fast.fc6_deconv[0])
@@ -137,18 +137,25 @@ class DeconvolutionToAll(nn.Module):
         return (map_ + self.bias).permute(0, 3, 1, 2)
 
 
-def _fold_batch_norm(module: nn.Module) -> None:
-    """Rule 1, in place, in every ``Sequential`` below ``module``."""
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """Rule 1, in place: removes every batch norm that follows a convolution in a ``Sequential``.
+
+    Args:
+        module: In evaluation mode.
+
+    Returns:
+        The same module, which computes what it did, but for rounding.
+    """
     for child in module.children():
-        _fold_batch_norm(child)
-    if not isinstance(module, nn.Sequential):
-        return
-    for i, (layer, norm) in enumerate(zip(module, list(module)[1:])):
-        if isinstance(norm, nn.BatchNorm2d):
-            transposed = isinstance(layer, nn.ConvTranspose2d)
-            module[i] = fuse_conv_bn_eval(layer, norm, transposed)
-            del module[i + 1]
-            return _fold_batch_norm(module)
+        fold_batch_norm(child)
+    if isinstance(module, nn.Sequential):
+        for i in reversed(range(1, len(module))):  # from the end, since folding removes layers
+            layer, norm = module[i - 1], module[i]
+            if isinstance(norm, nn.BatchNorm2d):
+                transposed = isinstance(layer, nn.ConvTranspose2d)
+                module[i - 1] = fuse_conv_bn_eval(layer, norm, transposed)
+                del module[i]
+    return module
 
 
 def _replace(module: nn.Module, kind: type, other: Callable[[nn.Module], nn.Module]) -> None:

@@ -93,21 +93,27 @@ def test_ladder_of_photographs(shapes_root: Path, tmp_path: Path) -> None:
         assert summary["miou"] == pytest.approx(methods[ours]["miou"], abs=0.1)
 
 
-def test_decoder_start(shapes_root: Path, tmp_path: Path) -> None:
-    done = call(
-        "benchmarks/decoder_start.py", "--data", str(shapes_root), "--recipe", "tiny",
-        "--fcn", str(pretrained("shapes-fcn")), "--updates", "1", "--crops", "4",
-        "--out", str(tmp_path / "run.json"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    runs = json.loads((tmp_path / "run.json").read_text())["runs"]
-    assert [(run["start"], run["deep_supervision"]) for run in runs] == [
-        ("nothing", 0.0), ("nothing", 0.3), ("fcn", 0.0), ("fcn", 0.3),
-    ]  # fmt: skip
-    plain, deep, _, deeper = (run["curve"][-1]["loss"] for run in runs)
-    assert abs(plain - math.log(13)) < 1  # it knows nothing
-    assert min(deep, deeper) > 2 * plain  # its own loss, and 0.3 of six more
-    assert all(0 < run["validation_loss"] < 10 for run in runs)
+def test_ablations(shapes_root: Path, tmp_path: Path) -> None:
+    def run(*options: str) -> dict:
+        done = call(
+            "benchmarks/ablations.py", "--data", str(shapes_root), "--recipe", "tiny",
+            "--fcn", "shapes-fcn", "--updates", "3", "--limit", "2", "--runs", str(tmp_path),
+            "--cache", str(tmp_path / "proposals"), "--out", str(tmp_path / "run.json"), *options,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads((tmp_path / "run.json").read_text())["variants"]
+
+    assert list(run("--variants", "no-batch-norm")) == ["no-batch-norm"]
+    variants = run()  # the one that is there is not trained again
+    assert list(variants)[:3] == ["base", "whole-images", "two-stages"]
+    assert len(variants["two-stages"]["curves"]) == 2
+    for variant in variants.values():
+        assert math.isfinite(variant["curves"][-1][-1]["loss"])
+        assert variant["images"] == 2
+        assert 0 <= variant["whole"]["miou"] <= 100
+    losses = {name: v["curves"][0][0]["loss"] for name, v in variants.items()}
+    assert losses["base"] != losses["no-switches"]
+    assert losses["base"] != losses["from-imagenet"]
 
 
 def test_recall_of_proposals(shapes_root: Path) -> None:

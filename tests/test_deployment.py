@@ -51,13 +51,26 @@ def images(size: int, count: int = 3) -> torch.Tensor:
     ],
 )
 def test_deconvnet_is_equal_but_for_rounding(config: ModelConfig) -> None:
-    model = lively(DeconvNet(config))
+    # In float64 (but for the pixels, in float32), where hardly ever rounding moves a switch.
+    model = lively(DeconvNet(config)).double()
     crops = images(config.input_size)
     with torch.no_grad():
         expected = model(crops)
-        scores = prepare_for_inference(model)(crops)
+        scores = prepare_for_inference(model, torch.float64)(crops)
     assert expected.std() > 0
-    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6 * float(expected.std()))
+
+
+def test_deconvnet_gives_the_same_labels_in_float32() -> None:
+    model = lively(DeconvNet(ModelConfig.tiny(5)))
+    crops = images(64)
+    with torch.no_grad():
+        expected = model(crops)
+        scores = prepare_for_inference(model)(crops)
+    close = torch.isclose(scores, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+    # A switch between two nearly equal values may move, and with it what is drawn around it.
+    assert close.float().mean() > 0.7
+    assert (scores.argmax(1) == expected.argmax(1)).float().mean() > 0.99
 
 
 def test_fcn_is_equal_but_for_rounding() -> None:
