@@ -155,7 +155,9 @@ def judge(recipe: recipes.Recipe, name: str, options) -> None:
     """Segments all validation images with one variant."""
     val = open_dataset(options.data, "val", limit=options.limit)
     model = load_model(options.runs / name / "weights.safetensors")
-    network = prepare_for_inference(model, choose_precision(recipe.inference.precision, torch.device("cpu")))
+    network = prepare_for_inference(
+        model, choose_precision(recipe.inference.precision, torch.device("cpu"))
+    )
     boxes = compute_proposals(val, options.cache, recipe.edge_boxes)
 
     @torch.no_grad()

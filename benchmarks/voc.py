@@ -4,8 +4,9 @@
         --stage1 runs/stage1/weights.safetensors --stage2 runs/stage2/weights.safetensors
 
 The networks come from ``deconvnet train``, as README says; ``torchrun`` shares the images. Each
-proposal is segmented once; the maps for 10, 25 and 50 of them, by maximum and by sum, are
-snapshots on the way. The CRF's settings are searched on training images.
+proposal is segmented once; the maps for 10, 25, 50 and 100 of them, by maximum and by sum, are
+snapshots on the way. The CRF's settings are searched on training images, or are the recipe's with
+``--search 0``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from deconvnet.aggregation import ScoreCanvas, cut_crops
 from deconvnet.crf import dense_crf
-from deconvnet.crf_tuning import search_crf
+from deconvnet.crf_tuning import CRFSearch, search_crf
 from deconvnet.deployment import prepare_for_inference
 from deconvnet.ensemble import mean_of_probabilities
 from deconvnet.evaluation import evaluate, record
@@ -31,7 +32,7 @@ from deconvnet.proposals import compute_proposals
 from deconvnet.recipes import RECIPES
 from deconvnet.weights import load_model
 
-COUNTS = (0, 10, 25, 50)
+COUNTS = (0, 10, 25, 50, 100)
 """Proposals, besides the whole image, after which the map is judged."""
 
 METHODS = {
@@ -41,6 +42,7 @@ METHODS = {
     "proposals-10": "DeconvNet after stage 2, 10 proposals",
     "proposals-25": "DeconvNet after stage 2, 25 proposals",
     "deconvnet": "DeconvNet after stage 2, 50 proposals",
+    "proposals-100": "DeconvNet after stage 2, 100 proposals",
     "sum": "DeconvNet after stage 2, 50 proposals, sum instead of maximum",
     "ensemble": "EDeconvNet: mean with FCN-8s",
     "crf": "EDeconvNet + dense CRF",
@@ -59,8 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--dataset-name", help="how the record calls the data (the folder's name)")
-    for network in ("fcn", "stage1", "stage2"):
-        parser.add_argument(f"--{network}", type=Path, required=True, help="weights")
+    parser.add_argument("--fcn", type=Path, required=True, help="weights")
+    parser.add_argument("--stage1", type=Path, help="weights; without, this step is left out")
+    parser.add_argument("--stage2", type=Path, required=True, help="weights")
     parser.add_argument("--recipe", choices=RECIPES, default="compact")
     parser.add_argument("--search", type=int, default=40, help="training images for the CRF (40)")
     parser.add_argument("--limit", type=int, help="only the first so many validation images")
@@ -70,14 +73,16 @@ def main() -> None:
 
     recipe, device = RECIPES[options.recipe](), default_device()
     dtype = choose_precision(recipe.inference.precision, device)
-    networks = {n: load_model(getattr(options, n), device) for n in ("fcn", "stage1", "stage2")}
+    files = {name: getattr(options, name) for name in ("fcn", "stage1", "stage2")}
+    networks = {name: load_model(path, device) for name, path in files.items() if path}
     metadata = {name: network.metadata for name, network in networks.items()}
     ready = {name: prepare_for_inference(network, dtype) for name, network in networks.items()}
 
     val = open_dataset(options.data, "val", limit=options.limit)
     # Spread over the training images, since a list may be sorted.
     train = open_dataset(options.data, "train")
-    chosen = range(0, len(train), max(len(train) // options.search, 1))[: options.search]
+    every = max(len(train) // max(options.search, 1), 1)
+    chosen = range(0, len(train), every)[: options.search]
     boxes = compute_proposals(val, options.cache, recipe.edge_boxes)
 
     def examples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -87,15 +92,16 @@ def main() -> None:
             maps = stages(ready, sample.image.to(device), proposals.boxes, recipe.inference)
             yield sample.image, maps["ensemble"].cpu(), sample.labels
 
-    search = search_crf(examples(), GRID, recipe.crf)
+    crf, search = recipe.crf, {}
     first = distributed_position()[0] == 0  # under torchrun one process writes
-    if first:
-        print(f"CRF: {search.best}; {search.without_crf:.3f} to {search.mean_iou:.3f} on train")
+    if chosen:
+        found = search_crf(examples(), GRID, recipe.crf)
+        crf, search = found.best, search_facts(found, len(chosen))
 
     def predict(i, sample):
         maps = stages(ready, sample.image.to(device), boxes[i].boxes, recipe.inference)
-        maps["crf"] = dense_crf(sample.image.to(device), maps["ensemble"], search.best)
-        return {name: maps[name].argmax(0).to("cpu", torch.uint8) for name in METHODS}
+        maps["crf"] = dense_crf(sample.image.to(device), maps["ensemble"], crf)
+        return {n: maps[n].argmax(0).to("cpu", torch.uint8) for n in METHODS if n in maps}
 
     scores = evaluate(predict, val)
     if not first:
@@ -111,20 +117,24 @@ def main() -> None:
         weights=metadata,
         inference=asdict(recipe.inference),
         edge_boxes=asdict(recipe.edge_boxes),
-        crf=asdict(search.best),
-        crf_search={
-            "train_images": len(chosen),
-            "without_crf": round(100 * search.without_crf, 2),
-            "tried": [
-                {**{k: asdict(c)[k] for k in GRID}, "miou": round(100 * m, 2)}
-                for c, m in search.tried
-            ],
-        },
+        crf=asdict(crf),
+        crf_search=search,
         methods={
             name: {"description": METHODS[name], **score.summary(val.class_names)}
             for name, score in scores.items()
         },
     )
+
+
+def search_facts(search: CRFSearch, images: int) -> dict[str, object]:
+    """What the record keeps of the search for the CRF's settings."""
+    return {
+        "train_images": images,
+        "without_crf": round(100 * search.without_crf, 2),
+        "tried": [
+            {**{k: asdict(c)[k] for k in GRID}, "miou": round(100 * m, 2)} for c, m in search.tried
+        ],
+    }
 
 
 class _Images:
@@ -145,9 +155,10 @@ def stages(networks, image: Tensor, boxes: Tensor, config) -> dict[str, Tensor]:
     """Scores or probabilities ``[C, H, W]`` of every method of :data:`METHODS` but the last."""
     fcn = fcn_scores(networks["fcn"], image, config.precision)
     maps = {"fcn": fcn}
-    maps["stage1"] = snapshots(networks["stage1"], image, boxes, config, (50,))[50]
+    if "stage1" in networks:
+        maps["stage1"] = snapshots(networks["stage1"], image, boxes, config, (50,))[50]
     found = snapshots(networks["stage2"], image, boxes, config, COUNTS)
-    maps |= {f"proposals-{n}": found[n] for n in (10, 25)}
+    maps |= {f"proposals-{n}": found[n] for n in (10, 25, 100)}
     maps |= {"whole": found[0], "deconvnet": found[50], "sum": found["sum"]}
     maps["ensemble"] = mean_of_probabilities(found[50].softmax(0), fcn.softmax(0))
     return maps

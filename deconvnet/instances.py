@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision.ops import box_iou
 
-from deconvnet.proposals import Proposals, cv2  # cv2 from there explains a failing import
+from deconvnet.proposals import Proposals, box_iou, cv2  # from there it explains a failing import
 from deconvnet.voc import VOID, Sample, VOCDataset
 
 

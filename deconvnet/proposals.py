@@ -31,7 +31,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
 from deconvnet.hardware import distributed_position, gathered
@@ -291,6 +290,16 @@ def edge_boxes(
 def _camel_case(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.capitalize() for word in rest)
+
+
+def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """:func:`torchvision.ops.box_iou`, loaded when first called.
+
+    Loading it takes two seconds, and segmenting a photograph has no use for it.
+    """
+    from torchvision.ops import box_iou
+
+    return box_iou(boxes, others)
 
 
 def recall(

@@ -71,15 +71,22 @@ def test_training() -> None:
 def test_ladder_of_photographs(shapes_root: Path, tmp_path: Path) -> None:
     """On embedded scenes, whose format is the same."""
     fcn, net = (str(pretrained(f"shapes-{name}")) for name in ("fcn", "deconvnet"))
-    done = call(
-        "benchmarks/voc.py", "--data", str(shapes_root), "--recipe", "tiny", "--limit", "2",
-        "--search", "2", "--fcn", fcn, "--stage1", net, "--stage2", net,
-        "--out", str(tmp_path / "run.json"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "run.json").read_text())
-    assert found["images"] == 2
+
+    def run(*options: str) -> dict:
+        done = call(
+            "benchmarks/voc.py", "--data", str(shapes_root), "--recipe", "tiny", "--limit", "2",
+            "--fcn", fcn, "--stage2", net, "--out", str(tmp_path / "run.json"), *options,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads((tmp_path / "run.json").read_text())
+
+    without = run("--search", "0")
+    assert without["crf_search"] == {}
+    found = run("--search", "2", "--stage1", net)
+    assert found["images"] == found["crf_search"]["train_images"] == 2
     methods = found["methods"]
+    assert methods.keys() - without["methods"].keys() == {"stage1"}
+    assert without["methods"]["proposals-100"] == methods["proposals-100"]
     assert methods["stage1"]["confusion"] == methods["deconvnet"]["confusion"]  # one network
     assert methods["deconvnet"]["confusion"] != methods["whole"]["confusion"]
 

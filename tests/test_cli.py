@@ -640,6 +640,13 @@ def test_segment_with_the_shipped_weights(
     assert accuracy > max(0.8, nothing)
 
 
+def test_what_takes_long_to_load_is_not_loaded_for_a_photograph() -> None:
+    slow = ("torchvision", "torch._dynamo", "sympy", "matplotlib.pyplot", "skimage", "triton")
+    code = f"import sys, deconvnet.cli; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @needs_shipped
 def test_shipped_weights_are_small_and_know_their_use() -> None:
     assert sum(path.stat().st_size for path in SHIPPED_FILES) < 8e6
