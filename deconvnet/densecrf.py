@@ -11,10 +11,10 @@
     field.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=10)
     label_map = np.argmax(field.inference(5), axis=0).reshape(height, width)
 
-Two things differ, both for the better. Up to ``MAX_EXACT_PIXELS`` the sums over all pairs are
-exact. And beyond, they have the size of exact ones. Without normalisation, pydensecrf's come out at
-about 0.88 (Gaussian) and 0.55 (bilateral) of them: multiply a ``compat`` that was tuned there.
-Normalised kernels, the default, agree as they are.
+Normalised kernels, the default, are computed as everywhere in this package: exactly up to
+``MAX_EXACT_PIXELS``, and nearer to exact sums than pydensecrf's beyond. Without normalisation,
+pydensecrf's sums come out at about 0.88 (Gaussian) and half (bilateral) of exact ones. There a
+``compat`` that was tuned with it needs the same sums, so ``NO_NORMALIZATION`` computes those.
 
 Source of the names: https://github.com/lucasb-eyer/pydensecrf. In new code,
 :func:`deconvnet.crf.dense_crf` says the same in one call.
@@ -175,7 +175,8 @@ class DenseCRF2D:
         return mean_field(self._unary, self._kernels, iterations).flatten(1).cpu().numpy()
 
     def _add(self, image: torch.Tensor, **settings: float | str) -> None:
-        self._kernels += pairwise_kernels(image.to(self.device), CRFConfig(**settings))
+        method = "original" if settings["normalization"] == NO_NORMALIZATION else "auto"
+        self._kernels += pairwise_kernels(image.to(self.device), CRFConfig(**settings), method)
 
 
 def _number(name: str, value: float) -> float:

@@ -101,6 +101,8 @@ class PermutohedralLattice:
 
     Args:
         features: float ``[N, d]``, each feature divided by its standard deviation.
+        own_scale: ``False`` for the original's scale, ``1 / (1 + 2^-d)`` for every point, as in
+            the code of Krähenbühl and Koltun.
 
     Attributes:
         num_vertices: number ``M`` of lattice vertices that touch a point.
@@ -116,7 +118,7 @@ class PermutohedralLattice:
             widely that vertices do not fit into 64-bit keys.
     """
 
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, features: Tensor, own_scale: bool = True) -> None:
         if features.ndim != 2 or not features.is_floating_point() or features.numel() == 0:
             raise ValueError(
                 "features must be a non-empty float tensor [N, d], "
@@ -131,7 +133,8 @@ class PermutohedralLattice:
         side = len(points)
         multiples, order, barycentric = _round_down(points)
         self.weights = barycentric.T.contiguous()
-        self.weights /= _self_weight(self.weights).sqrt()
+        own = _self_weight(self.weights) if own_scale else torch.tensor(1 + 2.0 ** (1 - side))
+        self.weights /= own.to(self.weights).sqrt()
 
         # Steps along all directions but the last are a basis of the lattice, and the last undoes
         # one step along each. A vertex's key is linear in its coordinates in that basis.

@@ -328,15 +328,31 @@ def test_agrees_with_pydensecrf(normalization):
     rgb = image.permute(1, 2, 0).contiguous().numpy()
     theirs.addPairwiseBilateral(sxy=20, srgb=8, rgbim=rgb, compat=0.5, **kind)
     expected = torch.tensor(np.array(theirs.inference(10))).view(2, 80, 100)
-    # Unnormalised, their lattice returns less than the exact sums, see CRFConfig.release.
-    scale = (0.85, 0.54) if normalization == "none" else (1, 1)
     config = CRFConfig(
-        gaussian_weight=0.3 * scale[0], bilateral_weight=0.5 * scale[1],
-        bilateral_sigma_rgb=8.0, normalization=normalization,
+        gaussian_weight=0.3, bilateral_weight=0.5, bilateral_sigma_rgb=8.0,
+        normalization=normalization,
     )  # fmt: skip
-    ours = dense_crf(image, probabilities, config)
-    assert (ours.argmax(0) == expected.argmax(0)).float().mean() > 0.995
-    assert (ours - expected).abs().mean() < 0.02
+    torch.testing.assert_close(
+        dense_crf(image, probabilities, config, "original"), expected, rtol=0, atol=0.01
+    )
+    if normalization != "none":  # there their sums are smaller than exact ones
+        ours = dense_crf(image, probabilities, config)
+        assert (ours.argmax(0) == expected.argmax(0)).float().mean() > 0.995
+        assert (ours - expected).abs().mean() < 0.02
+
+
+def test_the_original_scale_gives_smaller_sums():
+    """By how much is told in the docstring of `pairwise_kernels`."""
+    image, _, _ = picture(80, 100)
+    config = CRFConfig(normalization="none", gaussian_weight=1.0, bilateral_weight=1.0)
+    ones = torch.ones(80 * 100, 1)
+    for exact, original, share in zip(
+        pairwise_kernels(image, config, "exact"),
+        pairwise_kernels(image, config, "original"),
+        (0.88, 0.5),
+    ):
+        found = (original.message(ones) / exact.message(ones)).mean().item()
+        assert found == pytest.approx(share, abs=0.04)
 
 
 # --- invariances -------------------------------------------------------------------------------
@@ -536,7 +552,9 @@ def test_bad_input_is_refused(image, probabilities, error, message):
 
 
 def test_bad_pieces_are_refused():
-    with pytest.raises(ValueError, match="method must be one of auto, exact, lattice, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="method must be one of auto, exact, lattice, original, got 'fast'"
+    ):
         dense_crf(GREY, HALF, method="fast")
     with pytest.raises(ValueError, match="normalization must be one of"):
         PairwiseKernel(GridGaussian(1, 1, 1.0), 1.0, torch.ones(1, 1), "both")
