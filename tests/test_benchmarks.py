@@ -123,6 +123,18 @@ def test_ablations(shapes_root: Path, tmp_path: Path) -> None:
     assert losses["base"] != losses["from-imagenet"]
 
 
+def test_full_size_run_is_stopped_and_resumed(shapes_root: Path, tmp_path: Path) -> None:
+    done = call(
+        "benchmarks/full_size.py", "--data", str(shapes_root), "--recipe", "tiny", "--updates", "6",
+        "--batch", "4", "--run", str(tmp_path), "--out", str(tmp_path / "run.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["stopped_and_resumed_at"] == 3
+    assert len(found["losses"]) == 6
+    assert f"stopped at update {found['stopped_and_resumed_at']}" in done.stdout
+
+
 def test_recall_of_proposals(shapes_root: Path) -> None:
     found = answer("proposals", "--data", str(shapes_root), "--limit", "3")
     shares = [row["share"] for row in found["edges"]["gradient"]["recall"] if row["iou"] == 0.5]
