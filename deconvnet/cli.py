@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from deconvnet import recipes
 from deconvnet.crf import CRFConfig
 from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_labels
-from deconvnet.files import atomic_write
+from deconvnet.files import atomic_write, file_digest
 from deconvnet.folders import open_dataset
 from deconvnet.inference import InferenceConfig, Predictor
 from deconvnet.instances import CropDataset
@@ -138,8 +139,8 @@ def parser() -> argparse.ArgumentParser:
         "compress",
         run_compress,
         "The same weights in a smaller file.",
-        "runs/fcn/weights.safetensors -o mine/fcn.safetensors",
-        "runs/stage2/weights.safetensors -o mine/net.safetensors --encoder-of mine/fcn.safetensors",
+        "runs/voc-fcn/weights.safetensors -o mine/fcn.safetensors",
+        "runs/voc2/weights.safetensors -o mine/net.safetensors --encoder-of mine/fcn.safetensors",
     )
     sub.add_argument("weights", help="weights: a file, or a shipped name")
     sub.add_argument("-o", "--out", type=Path, required=True, help=".safetensors to write")
@@ -222,10 +223,8 @@ def _add_data(sub: argparse.ArgumentParser, split: str, named: bool = True) -> N
 
 
 def _add_method(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--deconvnet", default="voc-deconvnet", help="weights: a file, a shipped name, or none"
-    )
-    sub.add_argument("--fcn", default="voc-fcn", help="weights: a file, a shipped name, or none")
+    sub.add_argument("--deconvnet", help="weights: a file or a shipped name; by default both of")
+    sub.add_argument("--fcn", help="voc-deconvnet and voc-fcn, and one alone where one is given")
     sub.add_argument("--recipe", choices=list(recipes.RECIPES), help="settings (the weights' own)")
     sub.add_argument("--convention", choices=["paper", "release"], default="paper")
     sub.add_argument("--num-proposals", type=int, help="crops an image (50)")
@@ -278,8 +277,10 @@ def run_data(options: argparse.Namespace) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """``deconvnet train``."""
     recipe = recipes.RECIPES[options.recipe]()
-    dataset = open_dataset(options.data, options.split, decode_cache=True, limit=options.limit)
-    validation = open_dataset(options.data, options.val_split, decode_cache=True, limit=128)
+    # Learn at the size at which the network will be asked.
+    kept = {"decode_cache": True, "max_side": recipe.inference.max_side}
+    dataset = open_dataset(options.data, options.split, limit=options.limit, **kept)
+    validation = open_dataset(options.data, options.val_split, limit=128, **kept)
     crops, checks = (
         recipes.stage_crops(
             recipe,
@@ -312,6 +313,7 @@ def run_train(options: argparse.Namespace) -> None:
         device=options.device,
         resume=not options.restart,
         progress=not options.quiet,
+        about=_about(options, dataset),
     )
     if distributed_position()[0] == 0:
         path = options.out / "weights.safetensors"
@@ -328,6 +330,19 @@ def run_train(options: argparse.Namespace) -> None:
         dtype = torch.float16 if options.half else None
         save_model(model, path, {**facts, "training": training}, dtype)
         print(path)
+
+
+def _about(options: argparse.Namespace, dataset: VOCDataset) -> dict[str, object]:
+    """What makes a run another one, besides its solver's settings."""
+    start = options.init or options.vgg16
+    path = Path(start or "")
+    return {
+        "stage": options.stage,
+        "classes": ", ".join(dataset.class_names),
+        "images": len(dataset),
+        "image names": hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()[:16],
+        "start": file_digest(path)[:16] if path.is_file() else str(start),
+    }
 
 
 def _network_to_train(
@@ -431,6 +446,7 @@ def run_submit(options: argparse.Namespace) -> None:
     predictor = _predictor(options)
     dataset = open_dataset(options.data, options.split, limit=options.limit)
     _check_classes(predictor, dataset)
+    _keep_settings(options, predictor)
     # The competition in which any data may be learned from, as ImageNet is here.
     folder = Path("results/VOC2012/Segmentation") / f"comp6_{options.split}_cls"
     for i, name in enumerate(tqdm(dataset.names, unit="image", disable=options.quiet)):
@@ -438,6 +454,26 @@ def run_submit(options: argparse.Namespace) -> None:
         if not path.exists():  # a command that was stopped goes on
             write_label_map(path, predictor(dataset.image(i)).labels, dataset.colours)
     print(shutil.make_archive(str(options.out / "results"), "gztar", options.out, "results"))
+
+
+def _keep_settings(options: argparse.Namespace, predictor: Predictor) -> None:
+    """Writes down how the label maps are made, or refuses to add others to those that are there."""
+    files = {name: _weights(getattr(options, name)) for name in ("deconvnet", "fcn")}
+    settings = {
+        "split": options.split,
+        "weights": {name: path and file_digest(path) for name, path in files.items()},
+        "inference": asdict(predictor.config),
+        "edge_boxes": predictor.edge_boxes and asdict(predictor.edge_boxes),
+        "crf": predictor.crf and asdict(predictor.crf),
+    }
+    path, text = options.out / "settings.json", json.dumps(settings, indent=2) + "\n"
+    if path.is_file() and path.read_text() != text:
+        raise ValueError(
+            f"{path}: the label maps there were made with other weights or settings; "
+            "give another folder as --out"
+        )
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
 
 
 def run_proposals(options: argparse.Namespace) -> None:
@@ -488,6 +524,11 @@ def _proposals(
 
 
 def _predictor(options: argparse.Namespace) -> Predictor:
+    deconvnet, fcn = options.deconvnet, options.fcn
+    if deconvnet is None and fcn in (None, "none"):
+        options.deconvnet = "voc-deconvnet"
+    if fcn is None and deconvnet in (None, "none"):
+        options.fcn = "voc-fcn"
     settings = {}
     if options.recipe is not None:
         recipe = recipes.RECIPES[options.recipe]()
@@ -526,9 +567,9 @@ def _check_classes(predictor: Predictor, dataset: VOCDataset) -> None:
         )
 
 
-def _weights(name: str) -> Path | None:
+def _weights(name: str | None) -> Path | None:
     """The file that ``--deconvnet``, ``--fcn`` or ``--init`` means."""
-    if name == "none":
+    if name is None or name == "none":
         return None
     is_file = Path(name).suffix or Path(name).exists()
     return Path(name) if is_file else pretrained(name)

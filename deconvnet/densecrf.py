@@ -1,4 +1,4 @@
-"""The dense CRF in pydensecrf's words: its users change their imports, and nothing else.
+"""The dense CRF over an image in pydensecrf's words: for most users a change of imports.
 
 ::
 
@@ -16,11 +16,17 @@ Normalised kernels, the default, are computed as everywhere in this package: exa
 pydensecrf's sums come out at about 0.88 (Gaussian) and half (bilateral) of exact ones. There a
 ``compat`` that was tuned with it needs the same sums, so ``NO_NORMALIZATION`` computes those.
 
+Widths may be given as in pydensecrf's own examples, ``sxy=(80, 80)``, if they are equal. What is
+absent: unequal ones, compatibilities other than Potts, ``DenseCRF`` on anything but an image, and
+inference step by step (:func:`deconvnet.crf.mean_field` calls back after every update).
+
 Source of the names: https://github.com/lucasb-eyer/pydensecrf. In new code,
 :func:`deconvnet.crf.dense_crf` says the same in one call.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -179,7 +185,9 @@ class DenseCRF2D:
         self._kernels += pairwise_kernels(image.to(self.device), CRFConfig(**settings), method)
 
 
-def _number(name: str, value: float) -> float:
+def _number(name: str, value: float | Sequence[float]) -> float:
+    if np.ndim(value) == 1 and len(set(value)) == 1:
+        return float(value[0])
     if np.ndim(value):
-        raise TypeError(f"{name} must be one number here, got {value!r}")
+        raise TypeError(f"{name} must be one number here, or equal ones, got {value!r}")
     return float(value)

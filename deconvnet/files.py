@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -30,3 +31,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_digest(path: str | Path) -> str:
+    """Returns the SHA-256 of a file's content, 64 hexadecimal digits.
+
+    Args:
+        path: The file.
+    """
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

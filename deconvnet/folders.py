@@ -11,7 +11,8 @@
       train.txt       optional: the names of the images to learn from, and so val.txt
 
 Without ``objects`` each connected region of a class counts as one object, so two that touch are
-taken for one. Without split files every fifth image is for validation.
+taken for one. Without split files every fifth image is for validation; with only one of the two,
+the other split is all the rest.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class FolderDataset(VOCDataset):
             or ``"all"``.
         decode_cache: Decode everything now, on all cores, and keep it in memory as ``uint8``.
         limit: Only the first so many images of the split.
+        max_side: See :class:`~deconvnet.voc.VOCDataset`.
 
     Raises:
         FileNotFoundError: A folder, ``classes.txt``, the split or an image's mask is missing.
@@ -77,8 +79,9 @@ class FolderDataset(VOCDataset):
         split: str = "train",
         decode_cache: bool = False,
         limit: int | None = None,
+        max_side: int | None = None,
     ) -> None:
-        self.root, self.split = Path(root), split
+        self.root, self.split, self.max_side = Path(root), split, max_side
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 image, got {limit}")
         if not (self.root / "classes.txt").is_file():
@@ -95,19 +98,25 @@ class FolderDataset(VOCDataset):
                     f"{self._mask_file(name)}: expected the mask of {self._images[name]} there"
                 )
         self._fill_cache(decode_cache)
+        cached = self._cache or []
+        if decode_cache and not any(((s.labels > 0) & (s.labels < VOID)).any() for s in cached):
+            raise ValueError(
+                f"{self.root / 'masks'}: expected pixels of some class in split {split!r}; a "
+                "pixel's value is its class's line in classes.txt, counted from 0, and 255 is void"
+            )
 
     def _split_names(self, split: str) -> list[str]:
         path = self.root / f"{split}.txt"
         if path.is_file() and split != "classes":
-            names = path.read_text(encoding="utf-8").split("\n")
-            names = [Path(name.strip()).stem for name in names if name.strip()]
-            unknown = [name for name in names if name not in self._images]
-            if unknown or not names:
-                found = f"got {unknown[0]!r}" if unknown else "got an empty file"
-                raise ValueError(f"{path}: expected names of images in images, {found}")
-            return names
+            return self._listed(path)
         if split not in ("train", "val", "all"):
             raise FileNotFoundError(f"{path}: no such split; give train, val, all or such a file")
+        other = self.root / {"train": "val.txt", "val": "train.txt"}.get(split, "all.txt")
+        if other.is_file():
+            rest = sorted(self._images.keys() - self._listed(other))
+            if not rest:
+                raise ValueError(f"{other}: expected it to leave images for {split}, it lists all")
+            return rest
         # By a hash of the name, so that an image that is added moves hardly any other.
         names = sorted(self._images, key=lambda name: hashlib.sha1(name.encode()).digest())
         held_out = max(1, len(names) // VALIDATION_SHARE)
@@ -115,6 +124,15 @@ class FolderDataset(VOCDataset):
         if not parts[split]:
             raise ValueError(f"{self.root / 'images'}: expected at least 2 images, got {names}")
         return sorted(parts[split])
+
+    def _listed(self, path: Path) -> list[str]:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        names = [n if n in self._images else Path(n).stem for n in lines if n]
+        unknown = [name for name in names if name not in self._images]
+        if unknown or not names:
+            found = f"got {unknown[0]!r}" if unknown else "got an empty file"
+            raise ValueError(f"{path}: expected names of images in images, {found}")
+        return names
 
     def _image_file(self, name: str) -> Path:
         return self._images[name]
@@ -159,22 +177,24 @@ def find_objects(
         An object map as in :class:`deconvnet.voc.Sample`, and the objects. Regions under
         ``MIN_OBJECT`` pixels belong to none; beyond 254 objects the largest stay.
     """
-    regions = []  # (pixels, label, mask)
+    regions = []  # (pixels, label, a map of numbers, the region's number there)
     for label in (c for c in labels.unique().tolist() if c not in (0, VOID)):
         of_class = labels == label
         if drawn is None:
-            count, numbers = cv2.connectedComponents(of_class.byte().numpy(), connectivity=8)
-            masks = [torch.from_numpy(numbers == k) for k in range(1, count)]
+            _, found = cv2.connectedComponents(of_class.byte().numpy(), connectivity=8)
+            numbers = torch.from_numpy(found)
         else:
-            numbers = drawn[of_class].unique().tolist()
-            masks = [of_class & (drawn == k) for k in numbers if k not in (0, VOID)]
-        regions += [(int(mask.sum()), label, mask) for mask in masks]
-    regions = [region for region in regions if region[0] >= MIN_OBJECT]
+            numbers = torch.where(of_class & (drawn != VOID), drawn, 0).int()
+        pixels = numbers.flatten().bincount()
+        pixels[0] = 0  # all that is not of the class
+        large = (pixels >= MIN_OBJECT).nonzero().flatten().tolist()
+        regions += [(int(pixels[k]), label, numbers, k) for k in large]
     regions.sort(key=lambda region: -region[0])
 
     objects = torch.where(labels == VOID, labels, 0)
     annotations = []
-    for number, (_, label, mask) in enumerate(regions[: VOID - 1], start=1):
+    for number, (_, label, numbers, k) in enumerate(regions[: VOID - 1], start=1):
+        mask = numbers == k
         objects[mask] = number
         rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
         x0, y0, x1, y1 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

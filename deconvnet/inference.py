@@ -34,7 +34,7 @@ from deconvnet.hardware import autocast, choose_precision, default_device
 from deconvnet.instances import expand_box, pixel_box, square_box
 from deconvnet.model import DeconvNet, PixelNormalisation
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, edge_boxes
-from deconvnet.voc import read_image
+from deconvnet.voc import read_image, shrink
 from deconvnet.weights import load_model, pretrained
 
 OnProposal = Callable[[int, Box, Tensor], None]
@@ -336,9 +336,20 @@ class Predictor:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: A file holds no weights, or settings that this version doesn't know.
+            ValueError: A file holds no weights, another kind of network or settings that this
+                version doesn't know, or the two know different classes.
         """
         networks = [None if path is None else load_model(path) for path in (deconvnet, fcn)]
+        for path, network, other in zip((deconvnet, fcn), networks, (FCN8s, DeconvNet)):
+            if isinstance(network, other):
+                wanted = "a DeconvNet" if other is FCN8s else "an FCN-8s"
+                raise ValueError(f"{path}: expected {wanted}, but it is the ensemble's other half")
+        known = [getattr(n, "metadata", {}).get("class_names") for n in networks if n is not None]
+        if len(known) == 2 and all(known) and known[0] != known[1]:
+            raise ValueError(
+                f"{deconvnet} and {fcn} must know the same classes to work together, but one "
+                f"knows {', '.join(known[0])}, and the other {', '.join(known[1])}"
+            )
         kinds = {"config": InferenceConfig, "edge_boxes": EdgeBoxesConfig, "crf": CRFConfig}
         saved = next((n.metadata for n in networks if n is not None), {}).get("settings", {})
         try:
@@ -434,24 +445,6 @@ class Predictor:
         if self.config.convention == "release":
             return product_of_scores(found["deconvnet_scores"], found["fcn_scores"])
         return mean_of_probabilities(found["deconvnet_probabilities"], found["fcn_probabilities"])
-
-
-def shrink(image: Tensor, max_side: int | None) -> Tensor:
-    """Reduces an image until neither side exceeds a limit, averaging over what is left out.
-
-    Args:
-        image: ``uint8 [3, H, W]``.
-        max_side: In pixels; None leaves every image as it is.
-
-    Returns:
-        ``uint8 [3, h, w]``, the image itself where it is small enough.
-    """
-    height, width = image.shape[1:]
-    longer = max(height, width)
-    if max_side is None or longer <= max_side:
-        return image
-    size = [max(1, round(side * max_side / longer)) for side in (height, width)]
-    return F.interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)
 
 
 def label_map(probabilities: Tensor, size: tuple[int, int]) -> Tensor:

@@ -316,7 +316,10 @@ class Stage1Dataset(CropDataset):
             if not annotation.difficult
         ]
         if not found:
-            raise ValueError(f"expected annotated objects, the {len(dataset)} images have none")
+            raise ValueError(
+                f"{dataset.root}: expected annotated objects in split {dataset.split!r}, its "
+                f"{len(dataset)} images have none"
+            )
         examples = torch.tensor(found, dtype=torch.int64)
         self.examples = examples[:, :2]  # image, object
         self.example_labels = examples[:, 2].clone()

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from deconvnet.files import file_digest
 from deconvnet.hardware import distributed_position, gathered
 from deconvnet.voc import VOCDataset, write_atomically
 
@@ -435,7 +436,7 @@ def _write_cache(path: Path, proposals: Proposals) -> None:
 
 @lru_cache(maxsize=8)
 def _digest_of(path: Path, modified_ns: int, size: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_digest(path)
 
 
 def _model_digest(path: str | Path) -> str:

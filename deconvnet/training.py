@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -142,6 +142,7 @@ def train(
     device: torch.device | str | None = None,
     resume: bool = True,
     progress: bool = True,
+    about: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """Trains a model on one stage's crops.
 
@@ -160,6 +161,8 @@ def train(
         device: Where to train; CUDA where there is one by default.
         resume: Go on from ``run_dir``'s checkpoint if there is one; False forgets it.
         progress: Show a progress bar.
+        about: What else must be equal for a checkpoint to be gone on from, such as the data's
+            name; strings and numbers.
 
     Returns:
         The trained model.
@@ -170,7 +173,7 @@ def train(
         KeyboardInterrupt: After Ctrl-C, once the update under way is done and saved; a second
             Ctrl-C does not wait.
     """
-    run = _Run(model, dataset, stage, Path(run_dir), indices, validate, device)
+    run = _Run(model, dataset, stage, Path(run_dir), indices, validate, device, about)
     if resume:
         run.load()
     else:
@@ -182,7 +185,9 @@ def train(
 class _Run:
     """The state of one training run: everything that a checkpoint holds."""
 
-    def __init__(self, model, dataset, stage, run_dir, indices, validate, device) -> None:
+    def __init__(
+        self, model, dataset, stage, run_dir, indices, validate, device, about=None
+    ) -> None:
         self.rank, self.world_size = distributed_position()
         share = stage.micro_batch * self.world_size
         if stage.batch_size % share:
@@ -197,6 +202,7 @@ class _Run:
         self.accumulate = stage.batch_size // share
         self.stage, self.dataset, self.indices = stage, dataset, indices
         self.validate, self.run_dir = validate, run_dir
+        self.about = dict(about or {})
         self.device = torch.device(device) if device else default_device(self.rank)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.frozen = freeze_blocks(model, stage.frozen_blocks)
@@ -412,6 +418,7 @@ class _Run:
         if self.rank == 0:
             state = {
                 "stage": asdict(self.stage),
+                "about": self.about,
                 "model": weights,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -445,10 +452,11 @@ class _Run:
         free = {
             "iterations", "minutes", "workers", "log_every", "checkpoint_every", "recompute",
         }  # fmt: skip
-        for field, value in asdict(self.stage).items():
-            if field not in free and settings.get(field) != value:
+        written = settings | state.get("about", {})
+        for field, value in (asdict(self.stage) | self.about).items():
+            if field not in free and written.get(field) != value:
                 raise ValueError(
-                    f"{self.checkpoint}: was written with {field}={settings.get(field)!r}, this "
+                    f"{self.checkpoint}: was written with {field}={written.get(field)!r}, this "
                     f"run has {value!r}; {instead}"
                 )
         own = self.model.state_dict()

@@ -27,6 +27,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from defusedxml.ElementTree import parse as parse_xml
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -49,6 +50,8 @@ __all__ = [
     "read_image",
     "read_label_map",
     "read_split",
+    "shrink",
+    "shrink_sample",
     "write_annotations",
     "write_atomically",
     "write_image",
@@ -67,6 +70,9 @@ VOID = 255
 """Label of pixels that count neither in a loss nor in a metric."""
 
 CLASS_LINE = re.compile(r"(.+?)(?:\s+#([0-9a-fA-F]{6}))?")  # name, and perhaps #rrggbb
+
+MIN_SIDE = 4
+"""Pixels: an object that is shrunk below is too small to learn from."""
 
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 
@@ -372,7 +378,8 @@ def read_split(root: str | Path, name: str) -> list[str]:
     if not path.is_file():
         splits = sorted(other.stem for other in path.parent.glob("*.txt"))
         raise FileNotFoundError(f"{path}: no such split; there are {splits or 'none'}")
-    names = path.read_text(encoding="utf-8").split()
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    names = [line for line in names if line]
     if not names:
         raise ValueError(f"{path}: expected image names, got an empty file")
     for image_name in names:
@@ -416,6 +423,57 @@ class Sample:
     annotations: tuple[Annotation, ...]
 
 
+def shrink(image: Tensor, max_side: int | None) -> Tensor:
+    """Reduces an image until neither side exceeds a limit, averaging over what is left out.
+
+    Args:
+        image: ``uint8 [3, H, W]``.
+        max_side: In pixels; None leaves every image as it is.
+
+    Returns:
+        ``uint8 [3, h, w]``, the image itself where it is small enough.
+    """
+    height, width = image.shape[1:]
+    longer = max(height, width)
+    if max_side is None or longer <= max_side:
+        return image
+    size = [max(1, round(side * max_side / longer)) for side in (height, width)]
+    return F.interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)
+
+
+def shrink_sample(sample: Sample, max_side: int | None) -> Sample:
+    """Reduces an image as :func:`shrink` does, and with it its masks and boxes.
+
+    Args:
+        sample: The image, and what is known about it.
+        max_side: In pixels; None leaves every image as it is.
+
+    Returns:
+        The sample in the smaller size. Objects of which less than ``MIN_SIDE`` pixels are left, in
+        height or width, are *difficult*: nobody learns from them.
+    """
+    image = shrink(sample.image, max_side)
+    if image is sample.image:
+        return sample
+    size = tuple(image.shape[1:])
+
+    def smaller(mask: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].byte()
+
+    x, y = size[1] / sample.image.shape[2], size[0] / sample.image.shape[1]
+    annotations = []
+    for annotation in sample.annotations:
+        x0, y0, x1, y1 = annotation.box
+        box = (x0 * x, y0 * y, x1 * x, y1 * y)
+        tiny = min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE
+        annotations.append(Annotation(annotation.label, box, annotation.difficult or tiny))
+    return Sample(
+        sample.name, image, smaller(sample.labels), smaller(sample.objects), tuple(annotations)
+    )
+
+
 class VOCDataset(Dataset[Sample]):
     """A split of a data set in the VOC 2012 format.
 
@@ -427,6 +485,8 @@ class VOCDataset(Dataset[Sample]):
         decode_cache: Decode everything now, on all cores, and keep it in memory as ``uint8``.
             DataLoader workers that are forked share it.
         limit: Only the first so many images of the split.
+        max_side: Shrink larger images, with their masks and boxes, until neither side has more
+            pixels: for a network that segments them at this size.
 
     Attributes:
         root: The folder.
@@ -446,9 +506,10 @@ class VOCDataset(Dataset[Sample]):
         masks: str = "auto",
         decode_cache: bool = False,
         limit: int | None = None,
+        max_side: int | None = None,
     ) -> None:
         self.root = Path(root)
-        self.split = split
+        self.split, self.max_side = split, max_side
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 image, got {limit}")
         if not (self.root / "JPEGImages").is_dir():
@@ -496,9 +557,9 @@ class VOCDataset(Dataset[Sample]):
         return self._part(index, "annotations", self._read_annotations)
 
     def _part(self, index: int, part: str, read: Callable[[str], T]) -> T:
-        if self._cache is not None:
-            return getattr(self._cache[index], part)
-        return read(self.names[index])
+        if self._cache is None and self.max_side is None:
+            return read(self.names[index])
+        return getattr(self[index], part)
 
     def _read(self, index: int) -> Sample:
         name = self.names[index]
@@ -518,7 +579,7 @@ class VOCDataset(Dataset[Sample]):
                     f"{path}: expected the size of {self._image_file(name)}, "
                     f"{list(sample.image.shape[1:])}, got {list(mask.shape)}"
                 )
-        return sample
+        return shrink_sample(sample, self.max_side)
 
     def _image_file(self, name: str) -> Path:
         return self.root / "JPEGImages" / f"{name}.jpg"

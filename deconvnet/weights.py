@@ -7,6 +7,7 @@ file rebuilds its model and nothing in it can execute. To be small, a file may h
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -79,6 +80,7 @@ def save_model(
         "metadata": json.dumps(dict(metadata or {})),
     }
     if encoder_of is not None:
+        header["encoder_sha256"] = _encoder_digest(tensors)
         tensors = _without_encoder(tensors, Path(encoder_of), Path(path))
         header["encoder_of"] = Path(encoder_of).name
     tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
@@ -111,6 +113,8 @@ def _column(factors: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _without_encoder(tensors: dict[str, Tensor], other: Path, path: Path) -> dict[str, Tensor]:
+    if other.resolve() == path.resolve():
+        raise ValueError(f"{other}: cannot take its encoder from itself; name another file")
     if other.resolve().parent != path.resolve().parent:
         raise ValueError(f"{other}: must lie in the folder of {path}, which refers to it")
     own = {key: value for key, value in tensors.items() if key.startswith("encoder.")}
@@ -118,6 +122,14 @@ def _without_encoder(tensors: dict[str, Tensor], other: Path, path: Path) -> dic
     if own.keys() != theirs.keys() or not all(torch.equal(own[k], theirs[k]) for k in own):
         raise ValueError(f"{other}: its encoder is not this model's, or is stored in another type")
     return {key: value for key, value in tensors.items() if key not in own}
+
+
+def _encoder_digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(key for key in tensors if key.startswith("encoder.")):
+        digest.update(key.encode())
+        digest.update(tensors[key].cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -147,6 +159,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
         if not other.is_file():
             raise FileNotFoundError(f"{path}: its encoder is in {other}, which is missing")
         shared = {k: v for k, v in _read(other)[1].items() if k.startswith("encoder.")}
+        if header.get("encoder_sha256", _encoder_digest(shared)) != _encoder_digest(shared):
+            raise ValueError(f"{path}: its encoder was in {other}, which now holds another one")
         tensors = shared | tensors
     tensors = {
         key: dequantise(value, tensors[key + SCALE]) if key + SCALE in tensors else value

@@ -281,6 +281,8 @@ def test_restart_and_other_seed(
     capsys.readouterr()
     message = fails(capsys, *command, "--seed", 1)
     assert "checkpoint.pt: was written with seed=0, this run has 1" in message
+    message = fails(capsys, *command, "--limit", 1)
+    assert "checkpoint.pt: was written with images=" in message
     assert main([*command, "--seed", "1", "--restart"]) == 0
     assert load_model(tmp_path / "weights.safetensors").metadata["seed"] == 1
 
@@ -398,6 +400,20 @@ def test_segment_options_reach_the_predictor(networks: dict[str, str]) -> None:
     assert predictor("--fcn", "none").fcn is None
     assert predictor("--deconvnet", "none").deconvnet is None
     assert str(predictor("--edge-model", "model.yml.gz").edge_model) == "model.yml.gz"
+
+
+def test_which_networks_are_meant() -> None:
+    def kinds(*more: str) -> tuple[str | None, str | None]:
+        predictor = cli._predictor(cli.parser().parse_args(["segment", "x", "-o", "y.png", *more]))
+        names = (predictor.deconvnet, predictor.fcn)
+        return tuple(n and n.metadata.get("recipe", "a file") for n in names)
+
+    assert kinds() == ("compact", "compact")
+    assert kinds("--fcn", "none") == ("compact", None)
+    assert kinds("--deconvnet", "none") == (None, "compact")
+    assert kinds("--deconvnet", "shapes-deconvnet") == ("tiny", None)
+    assert kinds("--fcn", "shapes-fcn") == (None, "tiny")
+    assert kinds("--deconvnet", "shapes-deconvnet", "--fcn", "shapes-fcn") == ("tiny", "tiny")
 
 
 @pytest.mark.parametrize(
@@ -546,6 +562,9 @@ def test_submit(
     assert main(command) == 0
     assert kept.read_bytes() == b"kept"
     assert lost.read_bytes() == before
+    capsys.readouterr()
+    message = fails(capsys, *command, "--no-crf")
+    assert "settings.json: the label maps there were made with other weights or" in message
 
 
 # proposals

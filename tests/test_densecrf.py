@@ -55,6 +55,18 @@ def test_it_is_dense_crf(normalization, side):
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-3)
 
 
+def test_widths_may_be_pairs_of_equals():
+    image, probabilities = case(40)
+    fields = []
+    for sxy, srgb in ((8, 13), ((8, 8), (13, 13, 13))):
+        field = ours.DenseCRF2D(40, 40, len(probabilities))
+        field.setUnaryEnergy(ours.unary_from_softmax(probabilities))
+        field.addPairwiseGaussian(sxy, compat=3)
+        field.addPairwiseBilateral(sxy, srgb, image, compat=5)
+        fields.append(field.inference(2))
+    np.testing.assert_array_equal(*fields)
+
+
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("side", [40, 80])
 def test_the_same_lines_give_pydensecrfs_labels(side, normalization):
@@ -112,8 +124,8 @@ def test_wrong_use_is_refused():
         field.addPairwiseBilateral(20, 3, np.zeros((5, 4, 3), np.uint8), 5)
     with pytest.raises(TypeError, match="image must be uint8"):
         field.addPairwiseBilateral(20, 3, np.zeros((4, 5, 3)), 5)
-    with pytest.raises(TypeError, match=r"sxy must be one number here, got \(3, 3\)"):
-        field.addPairwiseGaussian((3, 3), 3)
+    with pytest.raises(TypeError, match=r"sxy must be one number here, or equal ones, got"):
+        field.addPairwiseGaussian((3, 4), 3)
     with pytest.raises(ValueError, match="normalization must be one of"):
         field.addPairwiseGaussian(3, 3, normalization="both")
     with pytest.raises(ValueError, match="scale must be"):

@@ -81,6 +81,35 @@ class TestReading:
         assert FolderDataset(beach, "val").names == ["walk 3", "walk 1"]
         assert FolderDataset(beach, "val", limit=1).names == ["walk 3"]
 
+    @pytest.mark.parametrize(("listed", "other"), [("val", "train"), ("train", "val")])
+    def test_one_split_file_leaves_the_rest_to_the_other(self, beach: Path, listed, other):
+        (beach / f"{listed}.txt").write_text("walk 3\nwalk 1\n")
+        everything = FolderDataset(beach, "all").names
+        rest = FolderDataset(beach, other).names
+        assert rest == [name for name in everything if name not in ("walk 1", "walk 3")]
+        (beach / f"{listed}.txt").write_text("\n".join(everything))
+        with pytest.raises(ValueError, match=f"{listed}.txt: expected it to leave images"):
+            FolderDataset(beach, other)
+
+    def test_names_may_have_dots(self, beach: Path):
+        for folder, suffix in (("images", "jpg"), ("masks", "png")):
+            (beach / folder / f"walk 0.{suffix}").rename(beach / folder / f"walk.0.{suffix}")
+        (beach / "val.txt").write_text("walk.0\nwalk.0.jpg\n")
+        assert FolderDataset(beach, "val").names == ["walk.0", "walk.0"]
+
+    def test_large_photographs_are_learned_from_at_the_size_of_use(self, beach: Path):
+        whole, small = (FolderDataset(beach, "all", max_side=side)[1] for side in (None, 48))
+        assert small.image.shape == (3, 36, 48) and small.labels.shape == (36, 48)
+        assert small.objects.shape == (36, 48)
+        (before, *_), (after, *_) = whole.annotations, small.annotations
+        assert after.box == tuple(edge / 2 for edge in before.box)
+        shares = [[(s.labels == c).float().mean() for c in range(5)] for s in (whole, small)]
+        np.testing.assert_allclose(*shares, atol=0.02)
+        assert FolderDataset(beach, "all", max_side=48).image(1).shape == (3, 36, 48)
+        assert FolderDataset(beach, "all", max_side=96)[1].image.shape == (3, *SIZE)
+        tiny = FolderDataset(beach, "all", max_side=8)[1]
+        assert all(annotation.difficult for annotation in tiny.annotations)
+
     def test_vocs_layout_is_still_read(self, shapes_root: Path):
         dataset = open_dataset(shapes_root, "val")
         assert type(dataset) is VOCDataset
@@ -123,6 +152,14 @@ class TestObjects:
         with pytest.raises(ValueError, match=r"objects.walk 1\.png: expected the size of"):
             FolderDataset(beach, decode_cache=True)
 
+    def test_specks_cost_little(self):
+        """A mask for each of them would take some gigabytes."""
+        labels = torch.zeros(600, 600, dtype=torch.uint8)
+        labels[::4, ::4] = 1
+        labels[100:120, 100:120] = 1
+        objects, annotations = find_objects(labels)
+        assert len(annotations) == 1 and annotations[0].box == (100, 100, 121, 121)
+
     def test_nothing_is_no_object(self):
         objects, annotations = find_objects(torch.zeros(8, 8, dtype=torch.uint8))
         assert annotations == () and not objects.any()
@@ -139,6 +176,13 @@ class TestObjects:
 
 
 class TestBadFolders:
+    def test_masks_of_0_and_255(self, beach: Path):
+        """As painting programs write them: 255 is void here."""
+        for path in (beach / "masks").iterdir():
+            Image.fromarray(np.uint8(255 * (np.array(Image.open(path)) > 0))).save(path)
+        with pytest.raises(ValueError, match="masks: expected pixels of some class in split 'val'"):
+            FolderDataset(beach, "val", decode_cache=True)
+
     def test_no_data_set(self, tmp_path: Path):
         with pytest.raises(FileNotFoundError, match="expected a data set, with a folder images"):
             open_dataset(tmp_path)

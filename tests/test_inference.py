@@ -37,6 +37,7 @@ from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.proposals import Proposals
 from deconvnet.shapes import make_scene
 from deconvnet.voc import write_image
+from deconvnet.weights import pretrained
 
 SIZE, CLASSES = 8, 3
 
@@ -640,3 +641,12 @@ def test_prepared_networks_and_others_are_taken_as_they_are():
         predictor = Predictor(network, edge_boxes=None, crf=None, device="cpu")
         predictor(image)
         assert not predictor._prepared
+
+
+def test_files_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="shapes-fcn.safetensors: expected a DeconvNet, but"):
+        Predictor.from_files(pretrained("shapes-fcn"))
+    with pytest.raises(ValueError, match="shapes-deconvnet.safetensors: expected an FCN-8s, but"):
+        Predictor.from_files(None, pretrained("shapes-deconvnet"))
+    with pytest.raises(ValueError, match="must know the same classes .* aeroplane"):
+        Predictor.from_files(pretrained("shapes-deconvnet"), pretrained("voc-fcn"))

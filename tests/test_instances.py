@@ -36,6 +36,8 @@ from deconvnet.voc import VOID, Annotation, Sample
 class FakeDataset:
     """What the crop datasets ask of a VOCDataset, in memory."""
 
+    root, split = "memory", "train"
+
     def __init__(self, samples: list[Sample]) -> None:
         self.samples = samples
 

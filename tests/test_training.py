@@ -291,6 +291,13 @@ def test_resume_false_forgets_the_old_run(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "old", tmp_path / "new")
 
 
+def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, about={"images": 7})
+    run(tmp_path, replace(STAGE, iterations=10), about={"images": 7})
+    with pytest.raises(ValueError, match="was written with images=7, this run has 8; use another"):
+        run(tmp_path, about={"images": 8})
+
+
 def test_lost_log_is_begun_anew(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "log.csv").unlink()

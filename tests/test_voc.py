@@ -311,6 +311,8 @@ class TestSplits:
             voc.read_split(root, "test")
 
     def test_empty(self, root):
+        voc.write_split(root, "spaced", ["my photo", "b"])
+        assert voc.read_split(root, "spaced") == ["my photo", "b"]
         voc.write_split(root, "empty", [])
         with pytest.raises(ValueError, match="empty.txt: expected image names"):
             voc.read_split(root, "empty")

@@ -473,6 +473,11 @@ def test_an_encoder_kept_in_another_file(tmp_path, model, dtype):
         model.encoder.blocks[0][0][0].weight[0, 0, 0, 0] += 1
     with pytest.raises(ValueError, match="fcn.safetensors: its encoder is not this model's"):
         save_model(model, tmp_path / "x.safetensors", dtype=dtype, encoder_of=fcn_path)
+    with pytest.raises(ValueError, match="whole.safetensors: cannot take its encoder from itself"):
+        save_model(model, whole, dtype=dtype, encoder_of=whole)
+    save_model(model, fcn_path, dtype=dtype)  # another encoder under the same name
+    with pytest.raises(ValueError, match="its encoder was in .*fcn.safetensors, which now holds"):
+        load_model(path)
     fcn_path.unlink()
     with pytest.raises(FileNotFoundError, match="its encoder is in .*fcn.safetensors, which is"):
         load_model(path)
