@@ -132,6 +132,7 @@ def voc2012() -> Recipe:
         instances=InstanceConfig.paper(),
         stage1=StageConfig.paper(1),
         stage2=StageConfig.paper(2),
+        inference=InferenceConfig(max_side=500),  # VOC's photographs are no larger; others are
     )
 
 
