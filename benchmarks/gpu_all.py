@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from deconvnet.deployment import prepare_for_inference
 from deconvnet.evaluation import read_log
+from deconvnet.hardware import gathered
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.training import StageConfig, distributed_position, train
 from deconvnet.weights import load_model, pretrained
@@ -163,6 +164,7 @@ def check_nccl() -> None:
         train(DeconvNet(config), Squares(), settings, run_dir, resume=False, progress=False)
         return torch.tensor([row["loss"] for row in read_log(run_dir / "log.csv")])
 
+    assert gathered(rank) == list(range(processes))
     together = losses(processes)
     dist.destroy_process_group()
     if rank == 0:

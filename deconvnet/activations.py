@@ -48,6 +48,7 @@ def decoder_activations(
         raise ValueError(f"crops must be [N, 3, {size}, {size}], got {list(crops.shape)}")
     if use_switches is None:
         use_switches = model.config.use_switches
+    crops = crops.to(next(model.parameters()).device)
     pooled, switches = model.encoder(model.normalise(crops))
     if not use_switches:
         switches = [torch.zeros_like(where) for where in switches]

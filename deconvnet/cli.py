@@ -131,6 +131,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
     sub.add_argument("--proposals", type=Path, help="cache folder of proposals (stage 2)")
     sub.add_argument("--limit", type=int, help="only the first so many images")
+    sub.add_argument(
+        "--no-cache", action="store_true", help="decode images each time, not once into memory"
+    )
     sub.add_argument("--half", action="store_true", help="store the weights in 16 bits")
     sub.add_argument("--restart", action="store_true", help="forget the checkpoint in --out")
     _add_device(sub)
@@ -278,7 +281,7 @@ def run_train(options: argparse.Namespace) -> None:
     """``deconvnet train``."""
     recipe = recipes.RECIPES[options.recipe]()
     # Learn at the size at which the network will be asked.
-    kept = {"decode_cache": True, "max_side": recipe.inference.max_side}
+    kept = {"decode_cache": not options.no_cache, "max_side": recipe.inference.max_side}
     dataset = open_dataset(options.data, options.split, limit=options.limit, **kept)
     validation = open_dataset(options.data, options.val_split, limit=128, **kept)
     crops, checks = (
@@ -544,7 +547,8 @@ def _predictor(options: argparse.Namespace) -> Predictor:
     if options.convention == "release":
         size = predictor.deconvnet.config.input_size if predictor.deconvnet else 224
         release = InferenceConfig.release(size)
-        config = replace(release, batch_size=config.batch_size, precision=config.precision)
+        kept = {n: getattr(config, n) for n in ("batch_size", "precision", "max_side")}
+        config = replace(release, **kept)
         predictor.crf = CRFConfig.release()
     if options.num_proposals is not None:
         config = replace(config, num_proposals=options.num_proposals)

@@ -104,10 +104,11 @@ def search_crf(
     total = len(examples) * len(settings)
     with tqdm(total=total, desc="CRF settings", disable=not progress) as bar, torch.no_grad():
         for image, probabilities, labels in examples:
-            plain.update(probabilities.argmax(dim=0).byte(), labels)
+            labels = labels.cpu()
+            plain.update(probabilities.argmax(dim=0).to("cpu", torch.uint8), labels)
             for setting, confusion in zip(settings, refined):
                 beliefs = dense_crf(image, probabilities, setting, method)
-                confusion.update(beliefs.argmax(dim=0).byte(), labels)
+                confusion.update(beliefs.argmax(dim=0).to("cpu", torch.uint8), labels)
                 bar.update()
     scores = [float(confusion.mean_iou()) for confusion in refined]
     winner = max(range(len(settings)), key=scores.__getitem__)
@@ -173,8 +174,10 @@ class CRFLayer(nn.Module):
         Returns:
             Probabilities ``[C, H, W]``, differentiable in those given and in the weights.
         """
-        unary = unary_from_probabilities(probabilities, self.start.min_probability)
-        kernels = pairwise_kernels(
-            image.to(unary.device), self.start, self.method, unary.dtype, self.weights
-        )
-        return mean_field(unary, kernels, self.start.iterations)
+        device, dtype = probabilities.device, probabilities.dtype
+        with torch.autocast(device.type, enabled=False):  # as in dense_crf
+            unary = unary_from_probabilities(probabilities, self.start.min_probability)
+            kernels = pairwise_kernels(
+                image.to(device), self.start, self.method, dtype, self.weights
+            )
+            return mean_field(unary, kernels, self.start.iterations)

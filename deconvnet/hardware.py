@@ -58,11 +58,17 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def distributed_position() -> tuple[int, int]:
-    """Joins the process group that ``torchrun`` announces; returns (rank, number of processes)."""
+    """Joins the process group that ``torchrun`` announces; returns (rank, number of processes).
+
+    With CUDA, each process gets a GPU of its own; what is not a tensor there travels by the CPU.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from deconvnet.inference import Prediction, check_image
+from deconvnet.inference import Prediction, check_image, label_map
 from deconvnet.voc import CLASS_NAMES, VOID, colourise
 
 BOX_COLOUR = "#E69F00"  # orange and white are told apart by everybody, on dark and on light
@@ -157,7 +157,8 @@ def show_prediction(
         if prediction.ensemble_probabilities is not None
         else "with CRF": prediction.crf_probabilities,
     }
-    stages = {title: p.argmax(0).byte() for title, p in stages.items() if p is not None}
+    size = tuple(image.shape[1:])  # that of the maps may be smaller
+    stages = {title: label_map(p, size) for title, p in stages.items() if p is not None}
     has_boxes = prediction.boxes is not None
     figure, panels = _row(1 + has_boxes + len(stages), image)
     panels = iter(panels)
@@ -191,10 +192,11 @@ def name_places(
     for label in labels.unique().tolist():
         if label in (0, VOID):
             continue
-        for i, (x, y, pixels) in enumerate(_regions((labels == label).cpu().numpy())):
-            if pixels >= room * labels.numel():
+        least = room * labels.numel()
+        for x, y, pixels in _regions((labels == label).cpu().numpy(), least):
+            if pixels >= least:
                 places.append((_name(label, class_names), x, y, False))
-            elif i == 0:
+            else:
                 # The only trace of its class: name it from above, so that it stays visible.
                 places.append((_name(label, class_names), x, y - pixels**0.5, True))
     return places
@@ -243,17 +245,23 @@ def _draw_name(axes: Axes, x: float, y: float, name: str, vertical: str) -> None
     text.set(clip_on=True, path_effects=_outline(2))
 
 
-def _regions(mask: np.ndarray) -> list[tuple[float, float, int]]:
-    """The innermost pixel and the size of every connected region of a mask, largest first."""
-    count, regions, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+def _regions(mask: np.ndarray, least: float) -> list[tuple[float, float, int]]:
+    """The innermost pixel and the size of the connected regions of a mask, largest first.
+
+    Those of fewer pixels than ``least`` are left out, but for the largest of all.
+    """
+    _, regions, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    pixels = stats[1:, cv2.CC_STAT_AREA]  # 0 is all that lies outside
+    order = (-pixels).argsort(kind="stable")
     found = []
-    for i in range(1, count):
+    for i in order[: max(1, int((pixels >= least).sum()))].tolist():
+        x0, y0, width, height = stats[i + 1, :4].tolist()
+        inside = regions[y0 : y0 + height, x0 : x0 + width] == i + 1
         # A frame, so that the image's border also counts as an edge of the region.
-        framed = np.pad((regions == i).astype(np.uint8), 1)
-        depth = cv2.distanceTransform(framed, cv2.DIST_L2, 3)
+        depth = cv2.distanceTransform(np.pad(inside.astype(np.uint8), 1), cv2.DIST_L2, 3)
         y, x = np.unravel_index(depth.argmax(), depth.shape)
-        found.append((float(x) - 1, float(y) - 1, int(stats[i, cv2.CC_STAT_AREA])))
-    return sorted(found, key=lambda region: -region[2])
+        found.append((float(x0 + x) - 1, float(y0 + y) - 1, int(pixels[i])))
+    return found
 
 
 def _outline(width: float) -> list[matplotlib.patheffects.AbstractPathEffect]:

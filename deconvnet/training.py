@@ -174,11 +174,15 @@ def train(
             Ctrl-C does not wait.
     """
     run = _Run(model, dataset, stage, Path(run_dir), indices, validate, device, about)
-    if resume:
-        run.load()
-    else:
-        run.checkpoint.unlink(missing_ok=True)
-    run.loop(progress)
+    try:
+        if resume:
+            run.load()
+        else:
+            run.checkpoint.unlink(missing_ok=True)
+        run.loop(progress)
+    finally:
+        for parameter in run.frozen_parameters:  # another training may want them
+            parameter.requires_grad_(True)
     return model
 
 
@@ -205,7 +209,9 @@ class _Run:
         self.about = dict(about or {})
         self.device = torch.device(device) if device else default_device(self.rank)
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        before = {p for p in model.parameters() if p.requires_grad}
         self.frozen = freeze_blocks(model, stage.frozen_blocks)
+        self.frozen_parameters = [p for p in before if not p.requires_grad]
         self.optimizer = make_optimizer(model, stage)
         self.precision = choose_precision(stage.precision, self.device)
         self.scaler = torch.amp.GradScaler(
@@ -239,7 +245,7 @@ class _Run:
                 self.seconds, clock = self.seconds + now - clock, now
                 if stage.minutes is not None:
                     self.seconds = self.shared(self.seconds)
-                last, stopping = self.progress() >= 1, interrupted()
+                last, stopping = self.progress() >= 1, self.any_process(interrupted())
                 score = None
                 if self.validate and (self.iteration % stage.validate_every == 0 or last):
                     score = self.run_validation()
@@ -333,9 +339,17 @@ class _Run:
         """Returns the first process's value, so that all of them decide alike."""
         if self.world_size == 1:
             return value
-        message = torch.tensor(value, dtype=torch.float64, device=self.device)
+        message = torch.tensor(value, dtype=torch.float64)
         dist.broadcast(message, src=0)
         return message.item()
+
+    def any_process(self, answer: bool) -> bool:
+        """Whether any process says yes, so that all of them stop after the same update."""
+        if self.world_size == 1:
+            return answer
+        votes = torch.tensor(int(answer))
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return bool(votes)
 
     def set_rate(self) -> float:
         rate = self.stage.learning_rate * schedule_factor(
@@ -467,7 +481,8 @@ class _Run:
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where it was written without float16
+            self.scaler.load_state_dict(state["scaler"])
         vars(self.plateau).update(state["plateau"])
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         log = self.run_dir / "log.csv"

@@ -557,9 +557,19 @@ class VOCDataset(Dataset[Sample]):
         return self._part(index, "annotations", self._read_annotations)
 
     def _part(self, index: int, part: str, read: Callable[[str], T]) -> T:
-        if self._cache is None and self.max_side is None:
-            return read(self.names[index])
+        name = self.names[index]
+        if self._cache is None and not self._is_shrunk(name):
+            return read(name)
         return getattr(self[index], part)
+
+    def _is_shrunk(self, name: str) -> bool:
+        if self.max_side is None:
+            return False
+        try:
+            with Image.open(self._image_file(name)) as file:  # reads the header only
+                return max(file.size) > self.max_side
+        except OSError:
+            return True  # whoever reads the whole file will say what is wrong with it
 
     def _read(self, index: int) -> Sample:
         name = self.names[index]

@@ -248,7 +248,7 @@ def test_interrupted_training_goes_on(
     assert "interrupted; the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "parts/weights.safetensors").exists()
     assert main(train(shapes_root, tmp_path / "parts")) == 0
-    assert main(train(shapes_root, tmp_path / "whole")) == 0
+    assert main(train(shapes_root, tmp_path / "whole", "--no-cache")) == 0
     parts, whole = (load_model(tmp_path / n / "weights.safetensors") for n in ("parts", "whole"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], tensor), name
@@ -397,6 +397,8 @@ def test_segment_options_reach_the_predictor(networks: dict[str, str]) -> None:
     assert (release.config.convention, release.config.min_side) == ("release", 16)
     assert release.config.batch_size == tiny.inference.batch_size
     assert release.crf.normalization == "none"
+    large = predictor("--recipe", "compact", "--convention", "release")
+    assert large.config.max_side == compact.inference.max_side > 0
     assert predictor("--fcn", "none").fcn is None
     assert predictor("--deconvnet", "none").deconvnet is None
     assert str(predictor("--edge-model", "model.yml.gz").edge_model) == "model.yml.gz"

@@ -112,6 +112,15 @@ def test_the_layer_equals_the_function(examples):
     assert layer.config.bilateral_weight == pytest.approx(START.bilateral_weight)
 
 
+def test_the_layer_stays_exact_under_autocast(examples):
+    image, probabilities, _ = examples[0]
+    layer = CRFLayer(START)
+    expected = layer(image, probabilities)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(image, probabilities)
+    assert torch.equal(found, expected)
+
+
 def test_it_learns_the_weights_on_the_embedded_data(examples):
     layer = CRFLayer(replace(START, gaussian_weight=0.1, bilateral_weight=0.1), "lattice")
     optimiser = torch.optim.Adam(layer.parameters(), lr=0.3)

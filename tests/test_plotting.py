@@ -10,6 +10,7 @@ from matplotlib import pyplot
 from deconvnet import plotting
 from deconvnet.inference import Prediction
 from deconvnet.plotting import (
+    name_places,
     overlay,
     show_boxes,
     show_labels,
@@ -70,7 +71,7 @@ def test_name_stands_inside_a_ring():
     ring = np.zeros((50, 50), bool)
     ring[5:45, 5:45] = True
     ring[12:38, 12:38] = False
-    ((x, y, pixels),) = plotting._regions(ring)
+    ((x, y, pixels),) = plotting._regions(ring, 1)
     assert ring[round(y), round(x)]
     assert pixels == ring.sum()
     two = np.zeros((30, 30), bool)
@@ -121,6 +122,25 @@ def test_prediction_shows_the_stages_that_ran(scene):
     assert titles(show_prediction(small)) == ["image", "DeconvNet", "with CRF"]
     named = Prediction(**{**vars(small), "class_names": tuple("abcdefghijklm")})
     assert set(texts(show_prediction(named))) == {"d", "i", "m"}
+
+
+def test_prediction_of_a_large_photograph(scene):
+    """Its stages were computed at a smaller size."""
+    large = prediction(scene, deconvnet=1, crf=1)
+    image = large.image.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    figure = show_prediction(Prediction(**{**vars(large), "image": image}))
+    assert texts(figure) == 2 * ["bird", "cat", "dog"]
+    assert figure.axes[1].images[0].get_array().shape == (80, 120, 3)
+
+
+def test_names_of_a_noisy_map_cost_little():
+    """A distance transform for each of its thousands of regions would take a minute."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(21, (375, 500), generator=generator, dtype=torch.uint8)
+    noise[100:200, 100:300] = 7
+    places = name_places(noise)
+    assert ("car", False) in {(name, above) for name, _, _, above in places}
+    assert len(places) == 20
 
 
 def test_figures_save_show_themselves_and_stay_out_of_pyplot(scene, tmp_path):

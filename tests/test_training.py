@@ -298,6 +298,20 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
         run(tmp_path, about={"images": 8})
 
 
+def test_a_checkpoint_without_a_loss_scale_serves_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, replace(STAGE, iterations=4, precision="auto"))
+    state = checkpoint(tmp_path)
+    assert state["scaler"] == {}
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0)
+    )
+    run(tmp_path, replace(STAGE, precision="auto"))
+    assert checkpoint(tmp_path)["scaler"]["scale"] == 2.0
+
+
 def test_lost_log_is_begun_anew(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "log.csv").unlink()
@@ -459,6 +473,12 @@ def test_frozen_blocks_stay(tmp_path: Path) -> None:
             continue
         frozen = name.startswith(("encoder.blocks.0.", "encoder.blocks.1."))
         assert torch.equal(tensor, start[name]) == frozen, name
+    again = run(tmp_path / "again", model=fcn())
+    model = fcn()
+    run(tmp_path / "first", replace(STAGE, frozen_blocks=2, iterations=1), model=model)
+    model.load_state_dict(start)  # the next training is not frozen
+    run(tmp_path / "next", model=model)
+    assert_same(model.state_dict(), again.state_dict())
     with pytest.raises(ValueError, match="frozen_blocks is 6, the encoder has 5"):
         freeze_blocks(fcn(), 6)
 
@@ -670,6 +690,34 @@ def test_crop_loss_is_the_mean_over_all_valid_pixels() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_ctrl_c_in_one_process_stops_all(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_training import *\n"
+        "rank = training.distributed_position()[0]\n"
+        "pressed = []\n"
+        "def press(draw):\n"
+        "    if draw > 8 and rank == 1 and not pressed:\n"
+        "        pressed.append(draw)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "crops = Crops(press)\n"
+        "try:\n"
+        f"    run({str(tmp_path / 'run')!r}, dataset=crops, model=deconvnet(batch_norm=False))\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped')\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stopped") == 2
+    assert 0 < checkpoint(tmp_path / "run")["iteration"] < STAGE.iterations
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """The same global batch gives the same losses, accumulation and resuming included."""
     stage = replace(STAGE, iterations=4, batch_size=8, micro_batch=2, log_every=1, minutes=60)
