@@ -77,7 +77,7 @@ def test_name_stands_inside_a_ring():
     two = np.zeros((30, 30), bool)
     two[2:5, 2:5] = two[10:28, 10:28] = True
     assert [pixels for _, _, pixels in plotting._regions(two, 1)] == [18 * 18, 9]
-    everything = plotting._regions(np.ones((21, 31), bool))
+    everything = plotting._regions(np.ones((21, 31), bool), 1)
     assert everything[0][1] == 10
 
 
