@@ -6,7 +6,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.made-from-pyproject
 INDEX  := _build/html/index.html
+# Files run side by side, with one thread each: two threads that share a core wait for each other.
 PYTEST_ARGS ?=
+PARALLEL    ?= -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book test colab lint clean
@@ -31,7 +33,7 @@ book: $(STAMP)  ## build the book as HTML; any warning is an error
 	@$(BIN)/python -c 'import pathlib; print("  " + pathlib.Path("$(INDEX)").resolve().as_uri())'
 
 test: $(STAMP)  ## run the unit tests and every chapter
-	$(BIN)/python -m pytest --nbval --cov=deconvnet --cov-report=term $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval $(PARALLEL) --cov=deconvnet --cov-report=term $(PYTEST_ARGS)
 
 colab: $(STAMP)  ## run every chapter as Colab would, in a clean environment (downloads PyTorch)
 	$(BIN)/python tests/colab_like.py $(CHAPTERS)
