@@ -226,8 +226,11 @@ def _add_data(sub: argparse.ArgumentParser, split: str, named: bool = True) -> N
 
 
 def _add_method(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--deconvnet", help="weights: a file or a shipped name; by default both of")
-    sub.add_argument("--fcn", help="voc-deconvnet and voc-fcn, and one alone where one is given")
+    sub.add_argument(
+        "--deconvnet",
+        help="weights: a file or a shipped name (voc-deconvnet, unless only --fcn is given)",
+    )
+    sub.add_argument("--fcn", help="likewise (voc-fcn, unless only --deconvnet is given)")
     sub.add_argument("--recipe", choices=list(recipes.RECIPES), help="settings (the weights' own)")
     sub.add_argument("--convention", choices=["paper", "release"], default="paper")
     sub.add_argument("--num-proposals", type=int, help="crops an image (50)")
