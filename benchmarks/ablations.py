@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from voc import snapshots
 
 from deconvnet import recipes
 from deconvnet.deployment import fold_batch_norm, prepare_for_inference
-from deconvnet.evaluation import evaluate, read_log, record
+from deconvnet.evaluation import evaluate, provenance, read_log, record
 from deconvnet.files import atomic_write
 from deconvnet.folders import open_dataset
 from deconvnet.hardware import choose_precision
@@ -44,6 +45,17 @@ class Variant:
     settings: Callable = lambda config: config  # changes the solver's
     stages: tuple[str, ...] = ("1",)  # the last has twice the updates of the one before
     from_fcn: bool = True  # or from ImageNet's encoder
+    begin: Callable = lambda model: model  # changes the weights that it starts with
+
+
+def by_hes_rule(model: nn.Module) -> nn.Module:
+    """Starts the deconvolutions so large that signals keep their size, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.ConvTranspose2d):
+            # Unpadded it paints a single vector: each place then hears one tap of the kernel.
+            taps = math.prod(module.kernel_size) if module.padding != (0, 0) else 1
+            nn.init.normal_(module.weight, std=(2 / (taps * module.in_channels)) ** 0.5)
+    return model
 
 
 VARIANTS = {
@@ -55,6 +67,11 @@ VARIANTS = {
     ),
     "no-batch-norm": Variant(
         "no batch norm", model=lambda config: replace(config, batch_norm=False)
+    ),
+    "no-batch-norm-he": Variant(
+        "no batch norm, deconvolutions by He's rule",
+        model=lambda config: replace(config, batch_norm=False),
+        begin=by_hes_rule,
     ),
     "no-deep-supervision": Variant(
         "a loss at the output only", settings=lambda config: replace(config, deep_supervision=0.0)
@@ -122,6 +139,7 @@ def train(recipe: recipes.Recipe, name: str, fcn: nn.Module, options) -> None:
         torch.manual_seed(0)
         if model is None:
             model = start(recipe, variant, data.num_classes, fcn, crops, options.vgg16)
+            model = variant.begin(model)
         recipes.train_stage(
             recipe, stage, model, crops, options.runs / name / stage,
             settings=settings(recipe, variant, updates),
@@ -173,6 +191,7 @@ def judge(recipe: recipes.Recipe, name: str, options) -> None:
     facts = {
         "description": VARIANTS[name].description,
         "images": len(val),
+        "commit": provenance()["commit"],
         "seconds": [log[-1]["seconds"] for log in logs],
         "curves": [[{k: row[k] for k in ("iteration", "loss")} for row in log] for log in logs],
         **{

@@ -121,6 +121,7 @@ def test_ablations(shapes_root: Path, tmp_path: Path) -> None:
     losses = {name: v["curves"][0][0]["loss"] for name, v in variants.items()}
     assert losses["base"] != losses["no-switches"]
     assert losses["base"] != losses["from-imagenet"]
+    assert losses["no-batch-norm"] != losses["no-batch-norm-he"]
 
 
 def test_full_size_run_is_stopped_and_resumed(shapes_root: Path, tmp_path: Path) -> None:
