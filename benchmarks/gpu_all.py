@@ -23,9 +23,9 @@ import torch.distributed as dist
 
 from deconvnet.deployment import prepare_for_inference
 from deconvnet.evaluation import read_log
-from deconvnet.hardware import gathered
+from deconvnet.hardware import gathered, join_processes
 from deconvnet.model import DeconvNet, ModelConfig
-from deconvnet.training import StageConfig, distributed_position, train
+from deconvnet.training import StageConfig, train
 from deconvnet.weights import load_model, pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +151,7 @@ def check_prepared() -> None:
 
 def check_nccl() -> None:
     """The losses of two processes with NCCL and SyncBatchNorm against those of one."""
-    rank, processes = distributed_position()
+    rank, processes = join_processes()
     stage = replace(StageConfig.small(iterations=5), precision="float32", log_every=1)
     # a CPU has no SyncBatchNorm: there the check is of the check itself
     config = replace(ModelConfig.tiny(5), batch_norm=torch.cuda.is_available())

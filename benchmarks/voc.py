@@ -26,7 +26,7 @@ from deconvnet.deployment import prepare_for_inference
 from deconvnet.ensemble import mean_of_probabilities
 from deconvnet.evaluation import evaluate, record
 from deconvnet.folders import open_dataset
-from deconvnet.hardware import choose_precision, default_device, distributed_position
+from deconvnet.hardware import choose_precision, default_device, join_processes
 from deconvnet.inference import fcn_scores, select_boxes
 from deconvnet.proposals import compute_proposals
 from deconvnet.recipes import RECIPES
@@ -93,7 +93,7 @@ def main() -> None:
             yield sample.image, maps["ensemble"].cpu(), sample.labels
 
     crf, search = recipe.crf, {}
-    first = distributed_position()[0] == 0  # under torchrun one process writes
+    first = join_processes()[0] == 0  # under torchrun one process writes
     if chosen:
         found = search_crf(examples(), GRID, recipe.crf)
         crf, search = found.best, search_facts(found, len(chosen))

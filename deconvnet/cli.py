@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -21,12 +22,13 @@ from deconvnet.crf import CRFConfig
 from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_labels
 from deconvnet.files import atomic_write, file_digest
 from deconvnet.folders import open_dataset
+from deconvnet.hardware import default_device, join_processes
 from deconvnet.inference import InferenceConfig, Predictor
 from deconvnet.instances import CropDataset
 from deconvnet.plotting import overlay, show_prediction
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, compute_proposals, edge_boxes
-from deconvnet.shapes import make_scene, write_shapes
-from deconvnet.training import TrainingDiverged, distributed_position
+from deconvnet.shapes import TRAIN_SCENES, VAL_SCENES, make_scene, write_shapes
+from deconvnet.training import TrainingDiverged
 from deconvnet.voc import (
     VOCDataset,
     download_sbd,
@@ -38,6 +40,7 @@ from deconvnet.voc import (
 from deconvnet.weights import load_model, pretrained, save_model
 
 ERROR, DIVERGED, INTERRUPTED = 2, 3, 130
+LEARNING_RECIPE = "tiny"  # of `train`, and of `proposals`, which finds the boxes to learn from
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("kind", choices=["shapes", "voc2012"])
     sub.add_argument("root", type=Path, help="folder to write to")
-    sub.add_argument("--train", type=int, default=2500, help="training scenes (2500)")
-    sub.add_argument("--val", type=int, default=200, help="validation scenes (200)")
+    for name, count in (("train", TRAIN_SCENES), ("val", VAL_SCENES)):
+        sub.add_argument(f"--{name}", type=int, default=count, help=f"scenes of {name} ({count})")
     sub.add_argument("--sbd", action="store_true", help="with SBD's annotations: train_aug")
 
     sub = command(
@@ -117,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_data(sub, split="train")
     sub.add_argument("--val-split", default="val", help="split whose crop loss is logged (val)")
-    sub.add_argument("--recipe", choices=list(recipes.RECIPES), default="tiny")
+    _add_recipe(sub, f"sizes and settings ({LEARNING_RECIPE})")
     sub.add_argument("--stage", choices=recipes.STAGES, default="1")
     sub.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log, weights")
     start = sub.add_mutually_exclusive_group()
@@ -130,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--iterations", type=int, help="in place of the recipe's")
     sub.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
     sub.add_argument("--proposals", type=Path, help="cache folder of proposals (stage 2)")
+    sub.add_argument("--edge-model", type=Path, help="OpenCV's model.yml.gz (stage 2)")
     sub.add_argument("--limit", type=int, help="only the first so many images")
     sub.add_argument(
         "--no-cache", action="store_true", help="decode images each time, not once into memory"
@@ -194,6 +198,7 @@ def parser() -> argparse.ArgumentParser:
         "Edge Boxes of an image (as JSON) or of a whole data set.",
         "photo.jpg -o boxes.json",
         "--data data/shapes --split train --cache cache/shapes",
+        "--data VOCdevkit/VOC2012 --split train_aug --recipe voc2012 --cache cache/voc",
     )
     sub.add_argument("image", type=Path, nargs="?")
     sub.add_argument("-o", "--out", type=Path, help="JSON of boxes and scores")
@@ -202,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, help="only the first so many images")
     sub.add_argument("--cache", type=Path, help="cache folder (with --data)")
     sub.add_argument("--workers", type=int, help="processes (all cores)")
-    sub.add_argument("--recipe", choices=list(recipes.RECIPES), default="tiny")
+    _add_recipe(sub, f"the one to train with: its settings and image size ({LEARNING_RECIPE})")
     sub.add_argument("--edge-model", type=Path, help="OpenCV's model.yml.gz")
 
     sub = command(
@@ -223,6 +228,11 @@ def _add_data(sub: argparse.ArgumentParser, split: str, named: bool = True) -> N
     sub.add_argument("--split", default=split, help=f"({split})")
     if named:
         sub.add_argument("--dataset-name", help="how records call the data (the folder's name)")
+
+
+def _add_recipe(sub: argparse.ArgumentParser, meaning: str) -> None:
+    choices = list(recipes.RECIPES)
+    sub.add_argument("--recipe", choices=choices, default=LEARNING_RECIPE, help=meaning)
 
 
 def _add_method(sub: argparse.ArgumentParser) -> None:
@@ -248,7 +258,10 @@ def _add_device(sub: argparse.ArgumentParser) -> None:
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        device = torch.device(name)
+        if device == torch.device("cuda") and torch.cuda.is_available():
+            device = default_device()  # which of them this process has under torchrun
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # unknown, or not in this machine
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {reason}") from None
@@ -274,6 +287,10 @@ def run_data(options: argparse.Namespace) -> None:
             progress=not options.quiet,
         )
     else:
+        if options.sbd and importlib.util.find_spec("scipy") is None:  # said before gigabytes come
+            raise ValueError(
+                "SBD's annotations are read with SciPy, which is missing: pip install scipy"
+            )
         root = download_voc2012(options.root)
         if options.sbd:
             root = download_sbd(options.root)
@@ -308,6 +325,7 @@ def run_train(options: argparse.Namespace) -> None:
         **{field: value for field, value in given.items() if value is not None},
     )
     model = _network_to_train(options, recipe, crops)
+    progress = not options.quiet
     recipes.train_stage(
         recipe,
         options.stage,
@@ -318,12 +336,25 @@ def run_train(options: argparse.Namespace) -> None:
         settings,
         device=options.device,
         resume=not options.restart,
-        progress=not options.quiet,
+        progress=progress,
         about=_about(options, dataset),
     )
-    if distributed_position()[0] == 0:
+    first = join_processes()[0] == 0
+    rows = read_log(options.out / "log.csv")
+    # The checkpoint keeps the running averages: the command, given again, comes by here again,
+    # and a run that is made longer goes on with them. Every process averages, so none waits.
+    learned = round(rows[-1]["iteration"]) * settings.batch_size
+    recipes.finish_stage(
+        recipe,
+        options.stage,
+        model,
+        crops,
+        settings,
+        seen=learned,
+        progress=progress and first,
+    )
+    if first:
         path = options.out / "weights.safetensors"
-        rows = read_log(options.out / "log.csv")
         training = {
             "dataset": options.dataset_name or options.data.resolve().name,
             "images": len(dataset),
@@ -348,7 +379,12 @@ def _about(options: argparse.Namespace, dataset: VOCDataset) -> dict[str, object
         "images": len(dataset),
         "image names": hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()[:16],
         "start": file_digest(path)[:16] if path.is_file() else str(start),
+        "edge model": _digest(options.edge_model) if options.stage == "2" else None,
     }
+
+
+def _digest(path: Path | None) -> str | None:
+    return None if path is None else file_digest(path)
 
 
 def _network_to_train(
@@ -357,7 +393,8 @@ def _network_to_train(
     num_classes = crops.dataset.num_classes
     path = None if options.init is None else _weights(options.init)
     if path is None:
-        calibration = recipes.calibration_crops(crops) if recipe.calibrate else None
+        calibrates = recipe.calibrate and options.vgg16 is not None
+        calibration = recipes.calibration_crops(crops) if calibrates else None
         return recipes.make_network(recipe, options.stage, num_classes, options.vgg16, calibration)
     start = load_model(path)
     try:
@@ -365,7 +402,8 @@ def _network_to_train(
             recipe, options.stage, num_classes, start=start, new_classes=options.new_classes
         )
     except ValueError as error:
-        hint = "" if options.new_classes else "; --new-classes learns other classes than it knows"
+        about_classes = "classes" in str(error) and not options.new_classes
+        hint = "; --new-classes learns other classes than it knows" if about_classes else ""
         raise ValueError(f"{path}: {error}{hint}") from error
 
 
@@ -423,7 +461,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         dataset,
         progress=not options.quiet,
     )
-    if distributed_position()[0] > 0:
+    if join_processes()[0] > 0:
         return
     print(_used(predictor))
     for method, score in scores.items():
@@ -440,9 +478,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
                 kind: getattr(network, "metadata", None)
                 for kind, network in (("deconvnet", predictor.deconvnet), ("fcn", predictor.fcn))
             },
-            inference=asdict(predictor.config),
-            edge_boxes=predictor.edge_boxes and asdict(predictor.edge_boxes),
-            crf=predictor.crf and asdict(predictor.crf),
+            **_settings(predictor),
             methods={m: score.summary(dataset.class_names) for m, score in scores.items()},
         )
 
@@ -468,9 +504,7 @@ def _keep_settings(options: argparse.Namespace, predictor: Predictor) -> None:
     settings = {
         "split": options.split,
         "weights": {name: path and file_digest(path) for name, path in files.items()},
-        "inference": asdict(predictor.config),
-        "edge_boxes": predictor.edge_boxes and asdict(predictor.edge_boxes),
-        "crf": predictor.crf and asdict(predictor.crf),
+        **_settings(predictor),
     }
     path, text = options.out / "settings.json", json.dumps(settings, indent=2) + "\n"
     if path.is_file() and path.read_text() != text:
@@ -482,9 +516,21 @@ def _keep_settings(options: argparse.Namespace, predictor: Predictor) -> None:
         temporary.write_text(text)
 
 
+def _settings(predictor: Predictor) -> dict[str, object]:
+    """What a label map depends on, besides the image and the weights."""
+    boxes = predictor.edge_boxes
+    return {
+        "inference": asdict(predictor.config),
+        "edge_boxes": boxes and asdict(boxes),
+        "edge_model": boxes and _digest(predictor.edge_model),
+        "crf": predictor.crf and asdict(predictor.crf),
+    }
+
+
 def run_proposals(options: argparse.Namespace) -> None:
     """``deconvnet proposals``."""
-    settings = recipes.RECIPES[options.recipe]().edge_boxes
+    recipe = recipes.RECIPES[options.recipe]()
+    settings = recipe.edge_boxes
     if (options.image is None) == (options.data is None):
         raise ValueError("give either an image or --data, not both and not neither")
     if options.image is not None:
@@ -499,7 +545,9 @@ def run_proposals(options: argparse.Namespace) -> None:
         return
     if options.cache is None:
         raise ValueError("--data needs --cache, the folder that receives the boxes")
-    dataset = open_dataset(options.data, options.split, limit=options.limit)
+    # As `train` opens it: a box found in a larger image is another one, with another key.
+    max_side = recipe.inference.max_side
+    dataset = open_dataset(options.data, options.split, limit=options.limit, max_side=max_side)
     every = _proposals(dataset, settings, options.cache, options)
     print(f"{sum(len(p.boxes) for p in every)} boxes of {len(every)} images in {options.cache}")
 

@@ -6,6 +6,7 @@ import base64
 import io
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def read_uri(uri: str) -> Image.Image:
 
 
 def _pixels(picture: Tensor) -> np.ndarray:
-    if str(picture.dtype) != "torch.uint8" or not (
+    if picture.dtype != torch.uint8 or not (
         picture.ndim == 2 or (picture.ndim == 3 and len(picture) == 3)
     ):
         raise ValueError(

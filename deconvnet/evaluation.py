@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from deconvnet.files import atomic_write
-from deconvnet.hardware import distributed_position, gathered
+from deconvnet.hardware import gathered, join_processes
 from deconvnet.inference import Prediction, label_map
 from deconvnet.instances import object_mask
-from deconvnet.metrics import VOID, BinnedShare, BoundaryConfusionMatrix, ConfusionMatrix
+from deconvnet.metrics import BinnedShare, BoundaryConfusionMatrix, ConfusionMatrix
 from deconvnet.proposals import cv2  # from there, as it explains a failing import
-from deconvnet.voc import Sample, VOCDataset
+from deconvnet.voc import VOID, Sample, VOCDataset
 
 BOUNDARY_WIDTH = 3
 """Pixels on either side of a boundary that count as near it."""
@@ -104,7 +104,12 @@ class Score:
 
 
 def boundary_distance(target: Tensor) -> Tensor:
-    """How far each pixel is from the nearest pixel with another label.
+    """How far each pixel is from the nearest boundary.
+
+    The rim are the pixels that have another label among their eight neighbours, and lie at 1; all
+    others lie at 1 plus the distance from the nearest of these. Where the boundary runs along rows
+    or columns that is the distance from the nearest pixel with another label, elsewhere up to 0.41
+    pixels less (a diagonal step less a straight one).
 
     Args:
         target: ``uint8 [H, W]``; void counts as a label of its own.
@@ -155,12 +160,15 @@ def evaluate(
         One :class:`Score` a method.
 
     Raises:
-        ValueError: The data set is empty, or a label map has another size than its image.
+        ValueError: The data set is empty, ``limit`` is below 1, or a label map has another size
+            than its image.
     """
-    count = min(len(dataset), limit or len(dataset))
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 image, got {limit}")
+    count = len(dataset) if limit is None else min(len(dataset), limit)
     if count == 0:
         raise ValueError(f"{dataset.root}: split {dataset.split!r} has no images to evaluate on")
-    rank, processes = distributed_position()
+    rank, processes = join_processes()
     share = range(rank, count, processes)
     scores: dict[str, Score] = {}
     for i in tqdm(share, unit="image", disable=not progress or rank > 0):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +231,7 @@ def instances_data(
     height, width = sample.labels.shape
 
     def cut(box: Tensor, k: int, square: bool) -> dict[str, Any]:
-        settings = InstanceConfig(config.context, config.resize, config.crop, square)
-        cut, crop, stage1, stage2 = stage_crops(sample, box, k, settings)
+        cut, crop, stage1, stage2 = stage_crops(sample, box, k, replace(config, square=square))
         return {
             "box": list(pixel_box(cut)),
             "crop": jpeg_uri(crop),

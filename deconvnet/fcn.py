@@ -29,7 +29,7 @@ class FCNConfig:
     fc_width: int = 4096  # channels of fc6 and fc7
     fc_kernel: int = 7  # side of fc6's window, odd so that "same" padding is centred
     input_size: int = 224  # side of a training window in pixels; any size works at inference
-    dropout: float = 0.5  # after fc6 and fc7, as in the published network
+    dropout: float = 0.5  # after fc6 and fc7; of whole channels, the published net's of values
     batch_norm: bool = True  # False: as published; True: the same encoder as our DeconvNet
     batch_norm_eps: float = 1e-5
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, torchvision's VGG

@@ -14,8 +14,10 @@ from pathlib import Path
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path that replaces ``path`` if the block ends well.
 
-    A reader sees the old file or the new one, never half of it; an interrupted writer leaves
-    nothing behind. Missing folders are made.
+    A reader sees the old file or the new one, never half of it. A block that raises leaves nothing
+    behind; a process that is killed within it leaves the temporary file, whose name begins with a
+    dot and the file's own. Nothing is forced onto the disk: what a power cut does is up to the
+    file system. Missing folders are made.
 
     Args:
         path: The file to write.
@@ -31,6 +33,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or what was there before.
+
+    What that is worth when a process is killed, ``atomic_write`` says.
+
+    Args:
+        path: Where to. Missing folders are made.
+        data: The file's content.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def file_digest(path: str | Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,13 +13,13 @@ import torch.distributed as dist
 PRECISIONS = ("auto", "portable", "float32", "bfloat16", "float16")
 
 
-def default_device(rank: int = 0) -> torch.device:
+def default_device() -> torch.device:
     """The accelerator of this process, or the CPU.
 
-    Args:
-        rank: Of the process among those of this run; each takes its own GPU.
+    Under ``torchrun`` each process of a machine takes a GPU of its own (``LOCAL_RANK``).
     """
     if torch.cuda.is_available():
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", rank % torch.cuda.device_count())
     return torch.device("cpu")
 
@@ -52,23 +54,36 @@ def cpu_has_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
+@functools.cache
+def compiled_kernels() -> ModuleType | None:
+    """:mod:`deconvnet.kernels`, or None where Numba, which compiles them, is not at hand."""
+    try:
+        from deconvnet import kernels  # takes a moment; a process that needs none is spared it
+    except (ImportError, RuntimeError):  # none, none for this NumPy, or nowhere to keep code
+        return None
+    return None if kernels.numba.config.DISABLE_JIT else kernels
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The context in which convolutions compute in ``precision``."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
-def distributed_position() -> tuple[int, int]:
-    """Joins the process group that ``torchrun`` announces; returns (rank, number of processes).
+def join_processes() -> tuple[int, int]:
+    """Joins the process group that ``torchrun`` announces, unless that was done before.
 
     With CUDA, each process gets a GPU of its own; what is not a tensor there travels by the CPU.
+
+    Returns:
+        This process's rank, and the number of processes; 0 and 1 without ``torchrun``.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if gpus:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        device = default_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -78,7 +93,7 @@ def gathered(value: Any) -> list[Any]:
     Args:
         value: Anything that can be pickled.
     """
-    _, processes = distributed_position()
+    _, processes = join_processes()
     if processes == 1:
         return [value]
     values: list = [None] * processes

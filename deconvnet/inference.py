@@ -30,7 +30,7 @@ from deconvnet.crf import CRFConfig, dense_crf
 from deconvnet.deployment import prepare_for_inference
 from deconvnet.ensemble import mean_of_probabilities, product_of_scores
 from deconvnet.fcn import FCN8s
-from deconvnet.hardware import autocast, choose_precision, default_device
+from deconvnet.hardware import PRECISIONS, autocast, choose_precision, default_device
 from deconvnet.instances import expand_box, pixel_box, square_box
 from deconvnet.model import DeconvNet, PixelNormalisation
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, edge_boxes
@@ -63,6 +63,8 @@ class InferenceConfig:
             raise ValueError(f'convention must be "paper" or "release", got {self.convention!r}')
         if self.combine not in ("max", "sum"):
             raise ValueError(f'combine must be "max" or "sum", got {self.combine!r}')
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
         if not (math.isfinite(self.context) and self.context > 0):
             raise ValueError(f"context must be a positive factor, got {self.context}")
         limits = {"num_proposals": 0, "min_side": 0, "batch_size": 1}
@@ -297,8 +299,7 @@ class Predictor:
         if names is not None and len(names) != counts[0]:
             raise ValueError(f"got {len(names)} class_names for {counts[0]} classes")
 
-        rank = int(os.environ.get("LOCAL_RANK", 0))  # under torchrun each process has its own GPU
-        self.device = default_device(rank) if device is None else torch.device(device)
+        self.device = default_device() if device is None else torch.device(device)
         for network in networks:
             network.to(self.device, memory_format=torch.channels_last).eval()
         self.deconvnet, self.fcn = deconvnet, fcn

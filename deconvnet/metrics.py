@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-VOID = 255
-"""The label of pixels that never count: object rims and unclear objects."""
+from deconvnet.voc import VOID
 
 
 class ConfusionMatrix:

@@ -109,7 +109,7 @@ def show_probabilities(
     for axes, label in zip(panels, strongest):
         values = probabilities[label].float().cpu().numpy()
         shown = axes.imshow(values, cmap="cividis", vmin=0, vmax=1)
-        axes.set_title(_name(label, class_names))
+        axes.set_title(class_name(label, class_names))
     figure.colorbar(shown, ax=panels, label="probability", shrink=0.8)
     return figure
 
@@ -195,10 +195,10 @@ def name_places(
         least = room * labels.numel()
         for x, y, pixels in _regions((labels == label).cpu().numpy(), least):
             if pixels >= least:
-                places.append((_name(label, class_names), x, y, False))
+                places.append((class_name(label, class_names), x, y, False))
             else:
                 # The only trace of its class: name it from above, so that it stays visible.
-                places.append((_name(label, class_names), x, y - pixels**0.5, True))
+                places.append((class_name(label, class_names), x, y - pixels**0.5, True))
     return places
 
 
@@ -268,6 +268,12 @@ def _outline(width: float) -> list[matplotlib.patheffects.AbstractPathEffect]:
     return [matplotlib.patheffects.withStroke(linewidth=width, foreground="black")]
 
 
-def _name(label: int, class_names: Sequence[str] | None) -> str:
+def class_name(label: int, class_names: Sequence[str] | None = None) -> str:
+    """What figures, and their texts, call a label.
+
+    Args:
+        label: 0 is the background.
+        class_names: Names by label; VOC's by default.
+    """
     names = CLASS_NAMES if class_names is None else class_names
     return names[label] if label < len(names) else f"class {label}"

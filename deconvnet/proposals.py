@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from deconvnet.files import file_digest
-from deconvnet.hardware import distributed_position, gathered
-from deconvnet.voc import VOCDataset, write_atomically
+from deconvnet.files import file_digest, write_atomically
+from deconvnet.hardware import gathered, join_processes
+from deconvnet.voc import VOCDataset
 
 try:
     import cv2
@@ -397,7 +397,7 @@ def compute_proposals(
 
     # Threads suffice, since OpenCV and NumPy compute outside Python's lock; and the images need
     # not be sent to other processes.
-    rank, processes = distributed_position()
+    rank, processes = join_processes()
     share = range(rank, len(dataset), processes)
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(find, share)

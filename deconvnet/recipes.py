@@ -30,7 +30,7 @@ from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.pretraining import ClassifiedCrops, CropClassifier
 from deconvnet.proposals import EdgeBoxesConfig, Proposals
 from deconvnet.supervision import DeeplySupervised
-from deconvnet.training import StageConfig, crop_loss, train
+from deconvnet.training import StageConfig, crop_loss, reestimate_batch_norm, train
 from deconvnet.voc import VOCDataset
 from deconvnet.weights import calibrate_batch_norm, load_vgg16
 
@@ -56,8 +56,10 @@ class Recipe:
     inference: InferenceConfig = InferenceConfig()
     edge_boxes: EdgeBoxesConfig = EdgeBoxesConfig()
     crf: CRFConfig = CRFConfig()
-    balance: float = 1.0  # 1: every class equally often (the paper, stage 2); 0: as they come
+    balance: float = 1.0  # 1: every class equally often; 0: as they come
+    balanced_stages: tuple[str, ...] = STAGES  # where; the paper balances stage 2 alone
     calibrate: bool = False  # start batch norm so that the encoder computes what plain VGG does
+    reestimate_crops: int = 0  # that a trained network's batch norm is averaged over; 0: as it is
 
 
 def tiny() -> Recipe:
@@ -132,6 +134,8 @@ def voc2012() -> Recipe:
         instances=InstanceConfig.paper(),
         stage1=StageConfig.paper(1),
         stage2=StageConfig.paper(2),
+        balanced_stages=("2",),
+        reestimate_crops=501 * 28,  # the release, after training
         inference=InferenceConfig(max_side=500),  # VOC's photographs are no larger; others are
     )
 
@@ -158,11 +162,12 @@ def make_network(
         calibration: Typical crops ``uint8 [N, 3, S, S]`` for recipes that calibrate batch norm.
         start: A network of the same recipe to start from. One of the same kind is copied whole;
             from a DeconvNet to an FCN-8s or back go the encoder, and fc6 and fc7 if of one size.
+            It must normalise pixels, and all else that no weight shows, as the recipe does.
         new_classes: ``start`` knows other classes: the layers that score them begin anew, and
             all others are copied.
 
     Raises:
-        ValueError: There is no such stage, or ``start`` is of other sizes.
+        ValueError: There is no such stage, or ``start`` is of other sizes or settings.
     """
     _check_stage(stage)
     if stage == "fcn":
@@ -170,10 +175,13 @@ def make_network(
     else:
         model = DeconvNet(replace(recipe.model, num_classes=num_classes))
     if vgg16 is not None:
-        load_vgg16(model, vgg16)
-        if recipe.calibrate and calibration is not None:
+        filled = load_vgg16(model, vgg16)
+        # A VGG with batch norm brings its own norms, without which its convolutions are worthless.
+        has_norms = any(name.endswith("running_var") for name in filled)
+        if recipe.calibrate and calibration is not None and not has_norms:
             calibrate_batch_norm(model, calibration)
     if start is not None:
+        _check_settings(start, model)
         weights, own = start.state_dict(), model.state_dict()
         if type(start) is not type(model):
             weights = own | _common_trunk(weights, own)
@@ -181,6 +189,16 @@ def make_network(
             weights |= {n: tensor for n, tensor in own.items() if n.startswith(CLASS_LAYERS)}
         _copy_weights(weights, model)
     return model
+
+
+def _check_settings(start: nn.Module, model: nn.Module) -> None:
+    """Compares what changes the scores and has no shape that would tell."""
+    for name in ("pixel_mean", "pixel_std", "batch_norm_eps", "use_switches"):
+        expected, found = (getattr(m.config, name, None) for m in (model, start))
+        if None not in (expected, found) and expected != found:  # an FCN has no switches
+            raise ValueError(
+                f"expected a network of the recipe's settings, with {name}={expected}, got {found}"
+            )
 
 
 def _common_trunk(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -248,7 +266,7 @@ def train_stage(
     settings: StageConfig | None = None,
     **options,
 ) -> nn.Module:
-    """Trains one stage on its crops, classes balanced as the recipe says.
+    """Trains one stage on its crops, classes balanced where the recipe says so.
 
     Args:
         recipe: Where the stage's settings come from.
@@ -269,11 +287,53 @@ def train_stage(
         crops,
         settings,
         run_dir,
-        indices=balanced_indices(crops.example_labels, settings.seed, recipe.balance),
+        indices=_indices(recipe, stage, crops, settings),
         validate=None if validation is None else partial(crop_loss, dataset=validation),
         **options,
     )
     return model
+
+
+def finish_stage(
+    recipe: Recipe,
+    stage: str,
+    model: nn.Module,
+    crops: CropDataset | ClassifiedCrops,
+    settings: StageConfig | None = None,
+    seen: int | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Re-estimates batch norm after :func:`train_stage`, if the recipe says so.
+
+    Args:
+        recipe: How many crops to average over.
+        stage: One of :data:`STAGES`.
+        model: The network that was trained, changed in place.
+        crops: What it learned from.
+        settings: In place of the recipe's own.
+        seen: How many crops it has learned from; a trial is not averaged over more than that.
+        progress: Show a progress bar.
+    """
+    settings = settings or default_settings(recipe, stage)
+    count = recipe.reestimate_crops if seen is None else min(recipe.reestimate_crops, seen)
+    if count:
+        reestimate_batch_norm(
+            model,
+            crops,
+            count,
+            seed=settings.seed,
+            indices=_indices(recipe, stage, crops, settings),
+            workers=settings.workers,
+            progress=progress,
+        )
+    return model
+
+
+def _indices(
+    recipe: Recipe, stage: str, crops: CropDataset | ClassifiedCrops, settings: StageConfig
+) -> Tensor:
+    power = recipe.balance if stage in recipe.balanced_stages else 0.0
+    return balanced_indices(crops.example_labels, settings.seed, power)
 
 
 def default_settings(recipe: Recipe, stage: str) -> StageConfig:
@@ -310,7 +370,7 @@ def facts(recipe_name: str, stage: str, dataset: VOCDataset, seed: int) -> dict[
 def calibration_crops(crops: CropDataset, count: int = 64) -> Tensor:
     """Returns crops spread over the data set, ``uint8 [count, 3, S, S]``."""
     every = max(len(crops) // count, 1)
-    return torch.stack([crops[i][0] for i in range(0, len(crops), every)][:count])
+    return torch.stack([crops[i][0] for i in range(0, len(crops), every)[:count]])
 
 
 def _check_stage(stage: str) -> None:

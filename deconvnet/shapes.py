@@ -30,11 +30,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from deconvnet import voc
+from deconvnet.files import write_atomically
 from deconvnet.voc import VOID, Annotation, Sample
 
 __all__ = [
     "CLASS_NAMES",
     "OUTLINES",
+    "TRAIN_SCENES",
+    "VAL_SCENES",
     "Outline",
     "ShapesConfig",
     "draw_shape",
@@ -603,6 +606,9 @@ def _annotations(config: ShapesConfig, pieces: Sequence[Piece], on_top: Array) -
 # ----------------------------------------------------------------------------- whole data sets
 
 
+TRAIN_SCENES, VAL_SCENES = 2500, 200
+"""Scenes of the embedded data set that the recorded runs used."""
+
 FILES = {
     "JPEGImages": "jpg",
     "SegmentationClass": "png",
@@ -613,8 +619,8 @@ FILES = {
 
 def write_shapes(
     root: str | Path,
-    train: int = 2000,
-    val: int = 500,
+    train: int = TRAIN_SCENES,
+    val: int = VAL_SCENES,
     seed: int = 0,
     config: ShapesConfig | None = None,
     workers: int | None = None,
@@ -654,7 +660,7 @@ def write_shapes(
     for folder in FILES:
         (root / folder).mkdir(parents=True, exist_ok=True)
     _check_recipe(root, {"seed": seed, **asdict(config)})
-    voc.write_atomically(root / "classes.txt", "".join(f"{n}\n" for n in CLASS_NAMES).encode())
+    write_atomically(root / "classes.txt", "".join(f"{n}\n" for n in CLASS_NAMES).encode())
 
     splits = {"train": train, "val": val}
     jobs = [(split, index) for split, count in splits.items() for index in range(count)]
@@ -678,7 +684,7 @@ def write_shapes(
 def _write_scene(root: Path, config: ShapesConfig, seed: int, job: tuple[str, int]) -> None:
     split, index = job
     sample, jpeg = _make_scene(config, scene_seed(seed, split, index), _name(split, index))
-    voc.write_atomically(_file(root, "JPEGImages", *job), jpeg)
+    write_atomically(_file(root, "JPEGImages", *job), jpeg)
     voc.write_label_map(_file(root, "SegmentationClass", *job), sample.labels)
     voc.write_label_map(_file(root, "SegmentationObject", *job), sample.objects)
     height, width = sample.labels.shape
@@ -715,4 +721,4 @@ def _check_recipe(root: Path, recipe: dict) -> None:
                 f"{root}: holds scenes made with another seed or configuration ({found}); "
                 f"choose another folder or delete this one"
             )
-    voc.write_atomically(path, (json.dumps(recipe, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(recipe, indent=2) + "\n").encode())

@@ -34,7 +34,7 @@ from deconvnet.hardware import (
     autocast,
     choose_precision,
     default_device,
-    distributed_position,
+    join_processes,
 )
 from deconvnet.instances import StreamSampler
 from deconvnet.proposals import cv2  # from there, as it explains a failing import
@@ -46,7 +46,11 @@ LOG_COLUMNS = ("iteration", "seconds", "loss", "rate", "images_per_s", "validati
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How one stage is trained; the defaults are stage 1 of the release's ``solver.prototxt``."""
+    """How one stage is trained.
+
+    Rates, schedule, batch and length are stage 1's in the release's ``solver.prototxt``, where the
+    comment doesn't say otherwise; how often is validated, saved and logged is ours.
+    """
 
     iterations: int = 20_000  # updates of the weights
     batch_size: int = 64  # crops per update, over all processes
@@ -54,9 +58,9 @@ class StageConfig:
     optimizer: str = "sgd"  # "sgd" with momentum, or "adamw" (a departure from the paper)
     learning_rate: float = 0.01  # of weights; biases learn at twice the rate
     encoder_rate: float = 1.0  # factor on the encoder's rate; 1 in the paper
-    bias_rate: float = 2.0  # Caffe's lr_mult of biases
+    bias_rate: float = 2.0  # factor on the rate of biases (the release's) and batch norm (ours)
     momentum: float = 0.9  # of SGD
-    weight_decay: float = 0.0005  # on weights, never on biases and batch norm
+    weight_decay: float = 0.0005  # on weights; not on biases, nor (ours) on batch norm
     schedule: str = "step"  # "step", "plateau" (the paper's), "poly" or "constant"
     step_size: int = 9_000  # iterations between drops of "step"
     drop: float = 0.1  # factor of one drop, for "step" and "plateau"
@@ -65,7 +69,7 @@ class StageConfig:
     frozen_blocks: int = 0  # encoder blocks left as they were loaded; none in the paper
     minutes: float | None = None  # stop after so much training time, whatever the iterations
     precision: str = "auto"  # see deconvnet.hardware.choose_precision
-    validate_every: int = 1_000  # iterations between validations
+    validate_every: int = 1_000  # iterations between validations; the release: 500
     checkpoint_every: int = 500  # iterations between checkpoints
     log_every: int = 20  # iterations between rows of log.csv
     deep_supervision: float = 0.0  # weight of losses at the decoder's inner sizes; 0 in the paper
@@ -175,6 +179,7 @@ def train(
     """
     run = _Run(model, dataset, stage, Path(run_dir), indices, validate, device, about)
     try:
+        run.remove_leftovers()
         if resume:
             run.load()
         else:
@@ -183,6 +188,7 @@ def train(
     finally:
         for parameter in run.frozen_parameters:  # another training may want them
             parameter.requires_grad_(True)
+        run.restore_norms()
     return model
 
 
@@ -192,7 +198,7 @@ class _Run:
     def __init__(
         self, model, dataset, stage, run_dir, indices, validate, device, about=None
     ) -> None:
-        self.rank, self.world_size = distributed_position()
+        self.rank, self.world_size = join_processes()
         share = stage.micro_batch * self.world_size
         if stage.batch_size % share:
             raise ValueError(
@@ -207,7 +213,7 @@ class _Run:
         self.stage, self.dataset, self.indices = stage, dataset, indices
         self.validate, self.run_dir = validate, run_dir
         self.about = dict(about or {})
-        self.device = torch.device(device) if device else default_device(self.rank)
+        self.device = torch.device(device) if device else default_device()
         self.model = model.to(self.device, memory_format=torch.channels_last)
         before = {p for p in model.parameters() if p.requires_grad}
         self.frozen = freeze_blocks(model, stage.frozen_blocks)
@@ -219,6 +225,7 @@ class _Run:
         )
         self.iteration, self.seconds, self.row_bytes = 0, 0.0, 0
         self.plateau = Plateau(stage.drop, stage.patience)
+        self.norms: list[tuple[nn.Module, str, nn.Module]] = []  # parent, name, what was there
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -369,8 +376,23 @@ class _Run:
             return self.model
         network = self.model
         if self.device.type == "cuda":
+            self.norms = [
+                (parent, name, child)
+                for parent in network.modules()
+                for name, child in parent.named_children()
+                if isinstance(child, nn.modules.batchnorm._BatchNorm)
+            ]
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return nn.parallel.DistributedDataParallel(network)
+
+    def restore_norms(self) -> None:
+        """Puts back the norms that synchronised ones replaced: these work in one process too.
+
+        Parameters and statistics are shared by both, so what was learned is theirs.
+        """
+        for parent, name, norm in self.norms:
+            norm.train(getattr(parent, name).training)
+            setattr(parent, name, norm)
 
     def run_validation(self) -> float:
         self.model.eval()
@@ -445,6 +467,12 @@ class _Run:
                 torch.save(state, temporary)
         if self.world_size > 1:
             dist.barrier()  # nobody leaves before the checkpoint is there to be read
+
+    def remove_leftovers(self) -> None:
+        """Removes what runs that were killed while they saved have left: a whole model each."""
+        if self.rank == 0:  # the only one that saves
+            for path in self.run_dir.glob(f".{self.checkpoint.name}.*"):
+                path.unlink(missing_ok=True)
 
     def load(self) -> None:
         if self.checkpoint.exists():
@@ -616,10 +644,12 @@ class Plateau:
 
 
 def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.Optimizer:
-    """Builds the optimiser with the release's two kinds of parameters.
+    """Builds the optimiser with two kinds of parameters.
 
     Weights decay and learn at the base rate; biases and batch norm do not decay and learn at
-    ``stage.bias_rate`` times it (``lr_mult``, ``decay_mult`` in ``stage_1_train.prototxt``).
+    ``stage.bias_rate`` times it. For weights and biases that is the release's rule (``blobs_lr``
+    and ``weight_decay`` in ``stage_1_train.prototxt``). For batch norm it is ours: its layers name
+    no rates there, so by Caffe's defaults scale and shift learn at the base rate, and decay.
     The encoder's rate may be scaled by ``stage.encoder_rate``.
     """
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
@@ -656,12 +686,20 @@ def freeze_blocks(model: nn.Module, count: int) -> list[nn.Module]:
 
 @torch.no_grad()
 def reestimate_batch_norm(
-    model: nn.Module, dataset: Dataset, crops: int = 501 * 28, batch: int = 28, seed: int = 0
+    model: nn.Module,
+    dataset: Dataset,
+    crops: int = 501 * 28,
+    batch: int = 28,
+    seed: int = 0,
+    indices: Tensor | None = None,
+    workers: int = 0,
+    progress: bool = False,
 ) -> None:
     """Replaces the running averages of batch norm by averages over many training crops.
 
     The release does so after training, over 501 batches of 28 crops, before it folds batch
-    norm into the convolutions.
+    norm into the convolutions. Crops follow from the seed alone, so that the same network gets
+    the same statistics again, in every process.
 
     Args:
         model: The trained network; its statistics are replaced in place.
@@ -669,19 +707,26 @@ def reestimate_batch_norm(
         crops: How many crops to average over.
         batch: Crops per forward pass.
         seed: Seeds the choice of crops.
+        indices: The examples to draw from, as in :func:`train`; all by default.
+        workers: Processes that prepare crops.
+        progress: Show a progress bar.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # PyTorch's way to say: a plain average over all batches
-    sampler = StreamSampler(len(dataset), seed=seed, length=max(crops // batch, 1) * batch)
+    length = max(crops // batch, 1) * batch
+    sampler = StreamSampler(len(dataset), seed=seed, length=length, indices=indices)
+    loader = DataLoader(
+        dataset, batch, sampler=sampler, num_workers=workers, worker_init_fn=prepare_worker
+    )
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()  # without dropout, as at inference
     for norm in norms:
         norm.train()
-    for images, _ in DataLoader(dataset, batch_size=batch, sampler=sampler):
+    for images, _ in tqdm(loader, "batch norm", unit="batch", disable=not progress):
         model(images.to(device))
     model.train(was_training)
     for norm, momentum in zip(norms, momenta):
@@ -690,10 +735,18 @@ def reestimate_batch_norm(
 
 @torch.no_grad()
 def crop_loss(model: nn.Module, dataset: Dataset, crops: int = 256, batch: int = 32) -> float:
-    """Returns the mean loss per valid pixel over the first crops of a validation dataset."""
+    """Returns the mean loss per valid pixel over crops spread evenly over a validation dataset.
+
+    Args:
+        model: Maps ``uint8 [N, 3, S, S]`` to scores ``[N, C, S, S]``, in evaluation mode.
+        dataset: The crops, by image: the first ones alone would be those of a few images.
+        crops: At most so many of them.
+        batch: Crops per forward pass.
+    """
     device = next(model.parameters()).device
     total, valid = 0.0, 0
-    sampler = range(min(crops, len(dataset)))
+    count = min(crops, len(dataset))
+    sampler = [i * len(dataset) // count for i in range(count)]
     for images, labels in DataLoader(dataset, batch_size=batch, sampler=sampler):
         labels = labels.to(device).long()
         total += pixel_loss(model(images.to(device)).float(), labels).item()

@@ -33,7 +33,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deconvnet.files import atomic_write
+from deconvnet.files import write_atomically
 
 __all__ = [
     "CLASS_NAMES",
@@ -53,7 +53,6 @@ __all__ = [
     "shrink",
     "shrink_sample",
     "write_annotations",
-    "write_atomically",
     "write_image",
     "write_label_map",
     "write_split",
@@ -73,6 +72,9 @@ CLASS_LINE = re.compile(r"(.+?)(?:\s+#([0-9a-fA-F]{6}))?")  # name, and perhaps 
 
 MIN_SIDE = 4
 """Pixels: an object that is shrunk below is too small to learn from."""
+
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Grey levels between neighbouring values of a greyscale image of 2 or 4 bits, once it is read."""
 
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 
@@ -147,7 +149,8 @@ def read_image(path: str | Path | io.BytesIO) -> Tensor:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not an image, is damaged, or has more than 8 bits a channel.
+        ValueError: If the file is not an image, is damaged, has more than 8 bits a channel, or so
+            many pixels that Pillow takes it for an attack (179 million).
     """
     with _open_image(path) as image:
         if image.mode.startswith(("I", "F")):
@@ -181,6 +184,8 @@ def write_image(path: str | Path, image: Tensor, quality: int = 95) -> None:
 def read_label_map(path: str | Path, num_classes: int | None = None) -> Tensor:
     """Read a mask whose pixel values are labels: a palette PNG or a greyscale one.
 
+    Greyscale images may have 2, 4 or 8 bits; the label is the value that is stored.
+
     Args:
         path: The mask file.
         num_classes: Largest label + 1; labels from there to 254 are an error. ``None`` allows all.
@@ -199,6 +204,8 @@ def read_label_map(path: str | Path, num_classes: int | None = None) -> Tensor:
                 f"got Pillow mode {image.mode!r}"
             )
         labels = np.array(image)
+        if image.mode == "L":  # Pillow has spread fewer bits over 0 to 255, and says L of them too
+            labels //= _grey_step(path)
     if num_classes is not None:
         outside = (labels >= num_classes) & (labels != VOID)
         if outside.any():
@@ -228,17 +235,6 @@ def write_label_map(path: str | Path, labels: Tensor, colours: Tensor | None = N
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader sees all of it or nothing of it, even after a crash.
-
-    Args:
-        path: Where to. Missing folders are made.
-        data: The file's content.
-    """
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(data)
 
 
 # ---------------------------------------------------------------------------- boxes, splits
@@ -481,7 +477,8 @@ class VOCDataset(Dataset[Sample]):
         root: The folder that holds ``JPEGImages`` and its neighbours.
         split: Name of a file in ``ImageSets/Segmentation``.
         masks: Folder of the class masks; ``"auto"`` takes ``SegmentationClassAug`` where it
-            exists (it also has the images that only SBD annotated), else ``SegmentationClass``.
+            exists (it also has the images that only SBD annotated), else ``SegmentationClass``,
+            which may be missing as long as nobody asks for labels (VOC's test set has none).
         decode_cache: Decode everything now, on all cores, and keep it in memory as ``uint8``.
             DataLoader workers that are forked share it.
         limit: Only the first so many images of the split.
@@ -495,7 +492,8 @@ class VOCDataset(Dataset[Sample]):
         colours: Theirs, ``uint8 [n, 3]`` RGB.
 
     Raises:
-        FileNotFoundError: If the folder, the split or the mask folder is missing.
+        FileNotFoundError: If the folder, the split or the mask folder that ``masks`` names is
+            missing.
         ValueError: If ``masks`` is not one of those above, or a file of the set is malformed.
     """
 
@@ -542,7 +540,9 @@ class VOCDataset(Dataset[Sample]):
 
     def image(self, index: int) -> Tensor:
         """The photograph, ``uint8 [3, H, W]``."""
-        return self._part(index, "image", self._read_image)
+        if self._cache is not None:
+            return self._cache[index].image
+        return shrink(self._read_image(self.names[index]), self.max_side)  # needs no masks
 
     def labels(self, index: int) -> Tensor:
         """The label map, ``uint8 [H, W]``."""
@@ -568,7 +568,7 @@ class VOCDataset(Dataset[Sample]):
         try:
             with Image.open(self._image_file(name)) as file:  # reads the header only
                 return max(file.size) > self.max_side
-        except OSError:
+        except (OSError, Image.DecompressionBombError):
             return True  # whoever reads the whole file will say what is wrong with it
 
     def _read(self, index: int) -> Sample:
@@ -617,7 +617,7 @@ class VOCDataset(Dataset[Sample]):
     def _find_masks(self, masks: str) -> str:
         if masks == "auto":
             has_augmented = (self.root / "SegmentationClassAug").is_dir()
-            masks = "SegmentationClassAug" if has_augmented else "SegmentationClass"
+            return "SegmentationClassAug" if has_augmented else "SegmentationClass"
         if masks not in MASK_FOLDERS:
             raise ValueError(f"masks must be 'auto' or one of {MASK_FOLDERS}, got {masks!r}")
         if not (self.root / masks).is_dir():
@@ -717,9 +717,22 @@ def _open_image(path: str | Path | io.BytesIO) -> Image.Image:
             raise
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such image file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:
         raise ValueError(f"{path}: expected an image file, got {error}") from error
     return image
+
+
+def _grey_step(path: str | Path) -> int:
+    with Image.open(path) as image:  # the header alone: who loads the pixels forgets their bits
+        raw = image.tile[0][3] if image.tile else ""
+    raw = raw[0] if isinstance(raw, tuple) and raw else raw  # what else decoders want stands behind
+    return GREY_STEPS.get(str(raw), 1)
 
 
 def _check_label_map(labels: Tensor) -> None:

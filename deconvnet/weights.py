@@ -54,13 +54,15 @@ def save_model(
             not stored again.
 
     Raises:
-        TypeError: The model is neither, the metadata is not JSON-like or the dtype neither
-            floating nor ``int8``.
+        TypeError: The model is neither, or a copy prepared for inference; the metadata is not
+            JSON-like, or the dtype neither floating nor ``int8``.
         ValueError: The other file holds another encoder, or lies in another folder.
     """
     name = next((n for n, (kind, _) in ARCHITECTURES.items() if isinstance(model, kind)), None)
     if name is None:
         raise TypeError(f"model must be a DeconvNet or an FCN8s, got {type(model).__name__}")
+    if getattr(model, "prepared", False):  # its layers are others, which no file can name
+        raise TypeError("model must be the network that was trained, got its prepared copy")
     if dtype is not None and dtype != torch.int8 and not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating type or int8, got {dtype}")
     statistics = dict(model.named_buffers())

@@ -29,7 +29,7 @@ from deconvnet.inference import InferenceConfig, aggregate_proposals, check_imag
 from deconvnet.instances import InstanceConfig, pixel_box
 from deconvnet.metrics import ConfusionMatrix
 from deconvnet.model import DeconvNet
-from deconvnet.plotting import BOX_COLOUR, Figure, show_activation, show_labels
+from deconvnet.plotting import BOX_COLOUR, Figure, class_name, show_activation, show_labels
 from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
 from deconvnet.voc import CLASS_NAMES, VOID, Sample
 
@@ -399,7 +399,7 @@ def _captioned(
         confusion.update(labels, target)
         caption += f"; mean IoU {confusion.mean_iou():.3f}"
     found = labels.unique().tolist()
-    names = [class_names[i] if class_names else f"class {i}" for i in found]
+    names = [class_name(i, class_names) for i in found]
     return _figure(figure, f"Label map {caption}. In it: {', '.join(names)}.", caption)
 
 

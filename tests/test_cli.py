@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,15 +12,17 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import skimage.data
 import torch
 from PIL import Image
 
-from deconvnet import cli, recipes, training, voc, weights
+from deconvnet import cli, proposals, recipes, training, voc, weights
 from deconvnet.cli import main
 from deconvnet.fcn import FCN8s, FCNConfig
+from deconvnet.instances import balanced_indices
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.proposals import edge_boxes
 from deconvnet.shapes import CLASS_NAMES
@@ -172,6 +175,21 @@ def test_data_voc2012(
     assert capsys.readouterr().out == f"{tmp_path / 'V'}\n" * 2
 
 
+def test_sbd_without_scipy_is_refused_before_gigabytes_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(cli, "download_voc2012", lambda root: calls.append(root) or root)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "scipy" else find(name, *a)
+    )
+    message = fails(capsys, "data", "voc2012", tmp_path, "--sbd")
+    assert message.endswith("pip install scipy")
+    assert calls == []
+    assert main(["data", "voc2012", str(tmp_path)]) == 0
+
+
 # train
 
 
@@ -211,6 +229,116 @@ def test_classifier_and_two_stages(
         "log.csv",
         "weights.safetensors",
     ]
+
+
+@pytest.mark.usefixtures("small_training")
+def test_stage_2_takes_the_boxes_that_proposals_found(
+    shapes_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of images that are shrunk, and with an edge model."""
+    recipe = recipes.RECIPES["tiny"]()
+    small = replace(recipe, inference=replace(recipe.inference, max_side=100))
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: small)
+    models = []
+
+    def boxes(image, config, model):
+        models.append(str(model))
+        return edge_boxes(image, config)
+
+    monkeypatch.setattr(proposals, "edge_boxes", boxes)
+    monkeypatch.setattr(proposals, "_detector", lambda *arguments: None)
+    cache, out, model = tmp_path / "cache", tmp_path / "run", tmp_path / "model.yml.gz"
+    model.write_bytes(b"a forest")
+    every = ("--cache", cache, "--edge-model", model, "--limit", 3, "--workers", 1, "--quiet")
+    for split in ("train", "val"):
+        command = ["proposals", "--data", shapes_root, "--split", split, *every]
+        assert main([str(a) for a in command]) == 0
+    assert models == [str(model)] * 6
+
+    # The validation data are 128 images at most: six here, three of which are new.
+    command = train(
+        shapes_root, out, "--stage", 2, "--proposals", cache, "--edge-model", model,
+        "--limit", 3, "--iterations", 1,
+    )  # fmt: skip
+    assert main(command) == 0
+    assert len(models) == 9
+    assert len(list(cache.glob("*.npz"))) == 9
+    assert main(command) == 0
+    capsys.readouterr()
+    model.write_bytes(b"another")
+    assert "was written with edge model=" in fails(capsys, *command)
+    without = [a for a in command if a not in ("--edge-model", str(model))]
+    assert "this run has None" in fails(capsys, *without)
+
+
+def test_boxes_are_found_for_the_recipe_that_learns() -> None:
+    parse = cli.parser().parse_args
+    asked = parse(["proposals", "photo.jpg"]), parse(["train", "--data", "a", "--out", "b"])
+    assert asked[0].recipe == asked[1].recipe
+
+
+@pytest.mark.usefixtures("small_training", "one_thread")
+def test_batch_norm_is_averaged_anew_after_the_stage(
+    shapes_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = replace(recipes.RECIPES["tiny"](), reestimate_crops=56)
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: recipe)
+    command = [a for a in train(shapes_root, tmp_path / "run") if a != "--quiet"]
+    assert main(command) == 0
+    assert "batch norm" in capsys.readouterr().err
+    path = tmp_path / "run" / "weights.safetensors"
+    found = load_model(path)
+
+    # By hand: the last running averages, and then those over crops.
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert state.keys() == found.state_dict().keys()
+    for name, tensor in found.state_dict().items():
+        kept = name.split(".")[-1] not in ("running_mean", "running_var", "num_batches_tracked")
+        assert torch.equal(state[name], tensor) == kept, name
+    found.load_state_dict(state)
+    crops = recipes.stage_crops(recipe, "1", VOCDataset(shapes_root, "train"))
+    indices = balanced_indices(crops.example_labels, 0, recipe.balance)
+    # six updates of four crops: no more than that, hence one batch of 28
+    training.reestimate_batch_norm(found, crops, crops=28, indices=indices)
+    averaged = load_model(path).state_dict()
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(averaged[name], tensor)
+
+    # Given again the command comes to the same; made longer it goes on as if never averaged.
+    assert main(command) == 0
+    for name, tensor in load_model(path).state_dict().items():
+        assert torch.equal(averaged[name], tensor)
+    assert main([*command, "--iterations", "8"]) == 0
+    plain = replace(recipe, reestimate_crops=0)
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: plain)
+    for iterations in (6, 8):  # the rate falls with the share that is done
+        assert main(train(shapes_root, tmp_path / "plain", "--iterations", iterations)) == 0
+    longer, whole = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
+        for name in ("run", "plain")
+    )
+    for name, tensor in whole.items():
+        assert torch.equal(longer[name], tensor)
+    # Without it the weights are the checkpoint's.
+    found = load_model(tmp_path / "plain" / "weights.safetensors").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.usefixtures("small_training")
+def test_only_imagenets_weights_are_calibrated(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, calls = replace(recipes.RECIPES["tiny"](), calibrate=True), []
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: recipe)
+    monkeypatch.setattr(recipes, "calibration_crops", lambda crops: calls.append(crops))
+    assert main(train(shapes_root, tmp_path, "--iterations", 1)) == 0
+    assert calls == []
 
 
 @pytest.mark.usefixtures("small_training")
@@ -326,6 +454,21 @@ def test_device_is_checked_before_anything_else(capsys: pytest.CaptureFixture[st
     assert "argument --device: 'abacus' cannot be used" in message
     if not torch.cuda.is_available():
         assert "cannot be used" in refused(capsys, "demo", "-o", "demo.png", "--device", "cuda")
+
+
+def test_the_gpu_is_this_processs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torchrun`` gives all processes one command; ``cuda`` is then another GPU for each."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # an empty tensor on "cuda" would lie on the current GPU, and that is the first
+    at = lambda name: SimpleNamespace(type=name.type, index=name.index or 0)  # noqa: E731
+    monkeypatch.setattr(
+        torch, "empty", lambda n, device: SimpleNamespace(device=at(torch.device(device)))
+    )
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    command = ["demo", "-o", "demo.png", "--device"]
+    for name, expected in (("cuda", 1), ("cuda:0", 0), ("cuda:1", 1)):
+        assert cli.parser().parse_args([*command, name]).device.index == expected
 
 
 # compress
@@ -493,6 +636,7 @@ def test_evaluate(
     assert run["weights"]["deconvnet"]["stage"] == "2"
     assert {"command", "commit", "machine", "versions", "finished"} <= run.keys()
     assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
+    assert run["edge_model"] is None
 
 
 def test_evaluate_whole_images_without_proposals(
@@ -565,8 +709,31 @@ def test_submit(
     assert kept.read_bytes() == b"kept"
     assert lost.read_bytes() == before
     capsys.readouterr()
-    message = fails(capsys, *command, "--no-crf")
-    assert "settings.json: the label maps there were made with other weights or" in message
+    others = "settings.json: the label maps there were made with other weights or"
+    assert others in fails(capsys, *command, "--no-crf")
+    model = tmp_path / "model.yml.gz"
+    model.write_bytes(b"a forest")
+    assert others in fails(capsys, *command, "--edge-model", model)
+
+
+def test_submit_a_test_set_without_masks(
+    shapes_root: Path,
+    networks: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "ImageSets"):
+        shutil.copytree(shapes_root / folder, data / folder)
+    shutil.copy(shapes_root / "classes.txt", data)
+    every = ["--data", data, "--split", "val", "--limit", 1, "--quiet"]
+    command = ["submit", *every, "--num-proposals", 1, "--out", tmp_path / "out"]
+    assert main([str(a) for a in (*command, *options(networks))]) == 0
+    assert main([str(a) for a in ("proposals", *every, "--cache", tmp_path / "cache")]) == 0
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 1
+    capsys.readouterr()
+    evaluation = ["evaluate", *every, "--num-proposals", 1, *options(networks)]
+    assert "SegmentationClass/val_000000.png" in fails(capsys, *evaluation)
 
 
 # proposals

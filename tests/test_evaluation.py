@@ -111,6 +111,20 @@ def test_distance_from_the_nearest_boundary() -> None:
     assert boundary_distance(torch.zeros(3, 3, dtype=torch.uint8)).isinf().all()
 
 
+def test_distance_is_up_to_a_diagonal_step_short() -> None:
+    """The docstring says by how much it differs from the distance by brute force."""
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        labels = np.kron(random.integers(0, 3, (4, 5)), np.ones((4, 4))).astype(np.uint8)
+        places = np.stack(np.indices(labels.shape)).reshape(2, -1)
+        apart = np.hypot(*(places[:, :, None] - places[:, None]))
+        other = labels.reshape(-1)[:, None] != labels.reshape(-1)
+        exact = np.where(other, apart, np.inf).min(1).reshape(labels.shape)
+        short = exact - boundary_distance(torch.from_numpy(labels)).numpy()
+        assert short.min() > -1e-5
+        assert short.max() < 2**0.5 - 1 + 1e-5
+
+
 def test_records_keep_rows_of_numbers_on_one_line(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     written = record(path, confusion=[[1, 20], [3, 4]], text="[1,\n 2]", parts=[{"a": [-0.5]}])
@@ -135,6 +149,9 @@ def test_limit(dataset: VOCDataset) -> None:
 
 
 def test_bad_predictions_and_data_sets(dataset: VOCDataset) -> None:
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"limit must be at least 1 image, got {limit}"):
+            evaluate(guess, dataset, limit=limit, progress=False)
     with pytest.raises(ValueError, match="same shape"):
         evaluate(lambda i, s: {"m": s.labels[1:]}, dataset, progress=False)
     with pytest.raises(ValueError, match="label 13"):
@@ -291,10 +308,10 @@ def test_two_processes_share_images_and_proposals(shapes_root: Path, tmp_path: P
         "import json, sys\n"
         "import torch\n"
         "from deconvnet.evaluation import evaluate\n"
-        "from deconvnet.hardware import distributed_position\n"
+        "from deconvnet.hardware import join_processes\n"
         "from deconvnet.proposals import compute_proposals\n"
         "from deconvnet.voc import VOCDataset\n"
-        "rank, _ = distributed_position()\n"
+        "rank, _ = join_processes()\n"
         "dataset = VOCDataset(sys.argv[1], 'val', limit=5)\n"
         "seen = []\n"
         "def predict(i, sample):\n"

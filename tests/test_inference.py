@@ -116,6 +116,11 @@ def test_release_boxes_are_square_and_small_ones_do_not_count():
     assert InferenceConfig.release().min_side == 112
 
 
+def test_precision_is_checked_before_any_image():
+    with pytest.raises(ValueError, match=r"precision must be one of \('auto', .*got 'fp16'"):
+        InferenceConfig(precision="fp16")
+
+
 def test_whole_image_is_one_more_box():
     config = InferenceConfig(num_proposals=1, include_whole_image=True)
     selected = select_boxes(random_boxes(3), (20, 26), config)

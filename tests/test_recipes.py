@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -141,6 +142,65 @@ def test_vgg_weights_reach_the_encoder(dataset: VOCDataset) -> None:
         torch.testing.assert_close(norm.eval()(x), x, atol=1e-2, rtol=1e-3)
 
 
+def test_a_vgg_with_batch_norm_keeps_its_norms(dataset: VOCDataset) -> None:
+    recipe = replace(recipes.tiny(), calibrate=True)
+    generator = torch.Generator().manual_seed(0)
+    weights, channels, index = {}, 3, 0
+    for width, depth in zip(recipe.model.widths, recipe.model.encoder_depths):
+        for _ in range(depth):
+            convolution, norm = f"features.{index}.", f"features.{index + 1}."
+            shape = (width, channels, 3, 3)
+            weights[f"{convolution}weight"] = torch.randn(shape, generator=generator) * 0.1
+            weights[f"{convolution}bias"] = torch.randn(width, generator=generator)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                weights[norm + name] = torch.rand(width, generator=generator) + 0.5
+            index, channels = index + 3, width
+        index += 1
+    crops = recipes.calibration_crops(stage_crops(recipe, "1", dataset), count=2)
+    model = make_network(recipe, "1", 13, weights, crops).eval()
+    plain = make_network(replace(recipe, calibrate=False), "1", 13, weights).eval()
+    assert torch.equal(model.encoder.blocks[0][0][1].running_var, weights["features.1.running_var"])
+    with torch.no_grad():
+        ours, theirs = (m.encoder(m.normalise(crops))[0][-1] for m in (model, plain))
+    assert torch.equal(ours, theirs)
+
+
+def test_calibration_reads_no_more_crops_than_it_keeps(dataset: VOCDataset) -> None:
+    class Crops:
+        def __len__(self) -> int:
+            return 15
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            read.append(index)
+            return torch.zeros(3, 2, 2, dtype=torch.uint8), torch.zeros(2, 2)
+
+    read: list[int] = []
+    assert recipes.calibration_crops(Crops(), count=8).shape == (8, 3, 2, 2)
+    assert read == list(range(8))
+
+
+@pytest.mark.parametrize("stage", ["1", "fcn"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"pixel_std": (1.0, 1.0, 1.0)}, {"pixel_mean": (1.0, 2.0, 3.0)}, {"batch_norm_eps": 1e-3}],
+)
+def test_a_start_that_sees_pixels_otherwise_is_refused(stage: str, fields: dict) -> None:
+    recipe = recipes.tiny()
+    start = DeconvNet(replace(recipe.model, **fields))
+    ((name, value),) = fields.items()
+    message = rf"recipe's settings, with {name}=.*, got {re.escape(str(value))}"
+    with pytest.raises(ValueError, match=message):
+        make_network(recipe, stage, 13, start=start)
+
+
+def test_a_start_without_switches_is_refused() -> None:
+    recipe = recipes.tiny()
+    start = DeconvNet(replace(recipe.model, use_switches=False))
+    with pytest.raises(ValueError, match="with use_switches=True, got False"):
+        make_network(recipe, "1", 13, start=start)
+    make_network(recipe, "fcn", 13, start=start)  # has no unpooling
+
+
 @pytest.mark.parametrize(("stage", "begins"), [("1", ""), ("fcn", "encoder.")])
 def test_start_is_copied_as_far_as_it_fits(stage: str, begins: str) -> None:
     recipe = recipes.tiny()
@@ -238,6 +298,45 @@ def test_train_stage_passes_on_what_the_recipe_says(
     assert torch.equal(options["indices"], expected)
     assert defaults[2] == recipe.stage2
     assert without["validate"] is None
+
+
+def test_the_paper_balances_stage_2_alone(
+    dataset: VOCDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(recipes, "train", lambda *a, **k: drawn.append(k["indices"]))
+    monkeypatch.setattr(recipes, "CropClassifier", lambda model: model)
+    for recipe, balanced in ((recipes.voc2012(), ("2",)), (recipes.tiny(), STAGES)):
+        assert recipe.balance > 0
+        crops = stage_crops(recipe, "1", dataset)
+        for stage in STAGES:
+            train_stage(recipe, stage, "network", crops, tmp_path, settings=recipe.stage1)
+            once = drawn.pop().sort().values.tolist() == list(range(len(crops)))
+            assert once == (stage not in balanced)
+
+
+def test_only_the_papers_recipe_averages_batch_norm_anew() -> None:
+    counts = {name: make().reestimate_crops for name, make in RECIPES.items()}
+    assert counts == {"tiny": 0, "compact": 0, "voc2012": 501 * 28}
+
+
+def test_finishing_a_stage(dataset: VOCDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(recipes, "reestimate_batch_norm", lambda *a, **k: calls.append((a, k)))
+    recipe = replace(recipes.tiny(), reestimate_crops=100)
+    crops = stage_crops(recipe, "1", dataset)
+    settings = replace(recipe.stage1, seed=4, workers=2)
+    for seen in (None, 70, 1000):
+        recipes.finish_stage(recipe, "1", "network", crops, settings, seen, progress=False)
+    assert [arguments for arguments, _ in calls] == [
+        ("network", crops, count) for count in (100, 70, 100)
+    ]
+    options = calls[0][1]
+    expected = balanced_indices(crops.example_labels, 4, recipe.balance)
+    assert torch.equal(options.pop("indices"), expected)
+    assert options == {"seed": 4, "workers": 2, "progress": False}
+    recipes.finish_stage(recipes.tiny(), "1", "network", crops)
+    assert len(calls) == 3
 
 
 def test_paper_schedule_needs_validation_crops(dataset: VOCDataset, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from deconvnet import shapes, voc
+from deconvnet import cli, shapes, voc
 from deconvnet.shapes import (
     CLASS_NAMES,
     OUTLINES,
@@ -272,6 +273,14 @@ class TestFiles:
         with pytest.raises(ValueError, match="another seed or configuration"):
             write_shapes(written, 26, 6, seed=5, config=SMALL, progress=False)
         assert contents(written) == before
+
+    def test_the_command_writes_as_many_scenes(self):
+        defaults = inspect.signature(write_shapes).parameters
+        options = cli.parser().parse_args(["data", "shapes", "root"])
+        for name in ("train", "val", "seed"):
+            assert getattr(options, name) == defaults[name].default
+        # as in the recorded runs
+        assert (options.train, options.val) == (2500, 200)
 
     @pytest.mark.parametrize("change", [{"train": 0}, {"val": 0}, {"seed": -1}, {"workers": 0}])
     def test_bad_arguments(self, tmp_path, change):

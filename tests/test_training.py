@@ -201,6 +201,23 @@ def test_killed_while_a_checkpoint_is_written(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path, resume: bool) -> None:
+    """A process that is killed while it saves cannot tidy up: the next one does."""
+    script = (
+        "import os, signal, sys\n"
+        "from deconvnet.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as temporary:\n"
+        "    temporary.write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "checkpoint.pt")])
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".checkpoint.pt.")
+    run(tmp_path, replace(STAGE, iterations=1), resume=resume)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "log.csv"]
+
+
 def test_sigkill_at_a_random_moment(tmp_path: Path) -> None:
     stage = replace(STAGE, iterations=60, checkpoint_every=2, log_every=1)
     script = tmp_path / "train.py"
@@ -681,12 +698,70 @@ def test_reestimated_statistics_are_plain_averages() -> None:
     assert_same(before, [norm.running_mean for norm in norms])
 
 
+def test_statistics_of_chosen_crops(capsys: pytest.CaptureFixture[str]) -> None:
+    class Seen(Crops):
+        def __getitem__(self, key):
+            seen.append(key[0])
+            return super().__getitem__(key)
+
+    seen: list[int] = []
+    chosen = torch.tensor([7, 7, 2])
+    reestimate_batch_norm(fcn(), Seen(), crops=12, batch=4, indices=chosen, progress=True)
+    assert len(seen) == 12
+    assert set(seen) == {2, 7}
+    assert "3/3" in capsys.readouterr().err
+
+
 def test_crop_loss_is_the_mean_over_all_valid_pixels() -> None:
-    model, dataset = fcn().eval(), Crops()
-    images, labels = (torch.stack(part) for part in zip(*(dataset[i] for i in range(5))))
-    with torch.no_grad():
-        expected = F.cross_entropy(model(images), labels.long(), ignore_index=255)
-    assert crop_loss(model, dataset, crops=5, batch=2) == pytest.approx(expected.item(), rel=1e-5)
+    model, dataset = deconvnet().eval(), Crops()  # a new FCN scores all classes alike
+    # The first five would be the crops of the first images only.
+    for crops, chosen in ((5, (0, 2, 4, 6, 8)), (3, (0, 3, 6)), (10, range(10)), (99, range(10))):
+        images, labels = (torch.stack(part) for part in zip(*(dataset[i] for i in chosen)))
+        with torch.no_grad():
+            expected = F.cross_entropy(model(images), labels.long(), ignore_index=255).item()
+        assert crop_loss(model, dataset, crops, batch=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_synchronised_norms_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several GPUs replace batch norm in place; the caller gets the model's own back."""
+
+    def loop(self: training._Run, progress: bool) -> None:
+        self.world_size, self.device = 2, torch.device("cuda")
+        network = self.distributed_model().train()
+        replaced = [m for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
+        assert len(replaced) == len(norms)
+        with torch.no_grad():
+            for norm in replaced:
+                norm.weight += 1
+                norm.running_mean += 2
+        raise Killed
+
+    monkeypatch.setattr(training._Run, "loop", loop)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda network: network)
+    model = fcn().eval()
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    before = {n: (m.weight.clone(), m.running_mean.clone()) for n, m in norms.items()}
+    with pytest.raises(Killed):
+        run(tmp_path, model=model)
+    after = dict(model.named_modules())
+    for name, norm in norms.items():
+        assert after[name] is norm
+        assert norm.training
+        assert torch.equal(norm.weight, before[name][0] + 1)
+        assert torch.equal(norm.running_mean, before[name][1] + 2)
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number on this machine: two machines of four GPUs each have eight ranks."""
+    assert hardware.default_device() == torch.device("cpu") or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("RANK", "6")
+    for local, expected in (("3", 3), ("5", 1)):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert hardware.default_device() == torch.device("cuda", expected)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert hardware.default_device() == torch.device("cuda", 0)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -695,7 +770,7 @@ def test_ctrl_c_in_one_process_stops_all(tmp_path: Path) -> None:
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_training import *\n"
-        "rank = training.distributed_position()[0]\n"
+        "rank = training.join_processes()[0]\n"
         "pressed = []\n"
         "def press(draw):\n"
         "    if draw > 8 and rank == 1 and not pressed:\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from deconvnet import voc
+from deconvnet.files import write_atomically
 from deconvnet.voc import VOID, Annotation, VOCDataset
 
 NAMES = ("background", "cat", "potted plant")
@@ -145,6 +148,12 @@ class TestImages:
         with pytest.raises(ValueError, match=f"i.{suffix}: expected an image"):
             voc.read_image(path)
 
+    def test_too_many_pixels(self, tmp_path, monkeypatch):
+        voc.write_image(tmp_path / "huge.png", random_image(0))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+        with pytest.raises(ValueError, match="huge.png: expected an image file, got Image size"):
+            voc.read_image(tmp_path / "huge.png")
+
     def test_sixteen_bits_are_refused(self, tmp_path):
         Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
         with pytest.raises(ValueError, match="deep.png: expected 8 bits"):
@@ -181,6 +190,19 @@ class TestLabelMaps:
         Image.fromarray(labels.numpy()).save(tmp_path / "grey.png")
         assert torch.equal(voc.read_label_map(tmp_path / "grey.png", num_classes=3), labels)
 
+    @pytest.mark.parametrize(("bits", "stored"), [(2, [0, 1, 2, 3]), (4, [0, 1, 9, 15])])
+    def test_greyscale_of_few_bits_holds_labels(self, tmp_path, bits, stored):
+        """A PNG by hand: Pillow writes none of these, and reads them as 0 to 255."""
+        row = sum(value << bits * (3 - i) for i, value in enumerate(stored))
+        header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+        data = zlib.compress(b"\0" + row.to_bytes(4 * bits // 8, "big"))
+        png = b"\x89PNG\r\n\x1a\n"
+        for name, content in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b"")):
+            png += struct.pack(">I", len(content)) + name + content
+            png += struct.pack(">I", zlib.crc32(name + content))
+        (tmp_path / "m.png").write_bytes(png)
+        assert voc.read_label_map(tmp_path / "m.png").tolist() == [stored]
+
     def test_colours_are_not_labels(self, tmp_path):
         voc.write_image(tmp_path / "rgb.png", voc.colourise(random_mask(3)))
         with pytest.raises(ValueError, match="rgb.png: expected a palette"):
@@ -208,19 +230,19 @@ class TestLabelMaps:
 class TestAtomicWriting:
     def test_failure_leaves_the_old_file_alone(self, tmp_path, monkeypatch):
         path = tmp_path / "file"
-        voc.write_atomically(path, b"old")
+        write_atomically(path, b"old")
 
         def fail(*_):
             raise OSError("disk full")
 
         monkeypatch.setattr(Path, "write_bytes", fail)
         with pytest.raises(OSError, match="disk full"):
-            voc.write_atomically(path, b"new")
+            write_atomically(path, b"new")
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
 
     def test_missing_folders_are_made(self, tmp_path):
-        voc.write_atomically(tmp_path / "new" / "deep" / "file", b"data")
+        write_atomically(tmp_path / "new" / "deep" / "file", b"data")
         assert (tmp_path / "new" / "deep" / "file").read_bytes() == b"data"
 
 
@@ -385,6 +407,18 @@ class TestDataset:
     def test_end(self, root):
         with pytest.raises(IndexError):
             VOCDataset(root, "val")[1]
+
+    def test_a_test_set_has_no_masks(self, root):
+        """VOC's own has none; labels are missed when they are asked for."""
+        shutil.rmtree(root / "SegmentationClass")
+        dataset = VOCDataset(root, "train")
+        assert dataset.image(0).shape == (3, 12, 16)
+        assert VOCDataset(root, "train", max_side=8).image(0).shape == (3, 6, 8)
+        assert dataset.annotations(0) == tuple(ANNOTATIONS)
+        with pytest.raises(FileNotFoundError, match="SegmentationClass/b.png"):
+            dataset.labels(0)
+        with pytest.raises(FileNotFoundError, match="SegmentationClass/b.png"):
+            VOCDataset(root, "train", decode_cache=True)
 
     def test_sizes_must_agree(self, root):
         voc.write_label_map(root / "SegmentationObject" / "b.png", random_mask(0, 12, 15))

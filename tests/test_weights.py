@@ -19,6 +19,7 @@ from torchvision.models import densenet121, mobilenet_v2, vgg11, vgg16, vgg16_bn
 from torchvision.models.vgg import make_layers
 
 from deconvnet import weights
+from deconvnet.deployment import prepare_for_inference
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.model import DeconvNet, ModelConfig, deconvnet_tiny
 from deconvnet.weights import (
@@ -354,6 +355,14 @@ def test_calibration_takes_each_channel_s_own_statistics(plain):
     # Training mode divides by the biased deviation of the 16 values that conv5 sees, hence 10 %.
     torch.testing.assert_close(trained, bare, rtol=0.1, atol=0.1)
     assert torch.equal(model.fc6[1].running_var, untouched)
+
+
+def test_a_prepared_copy_is_not_saved(tmp_path):
+    """Nothing could read it again."""
+    for model in (narrow(), FCN8s(FCNConfig.tiny())):
+        with pytest.raises(TypeError, match="network that was trained, got its prepared copy"):
+            save_model(prepare_for_inference(model.eval()), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_needs_batch_norm():

@@ -326,6 +326,14 @@ def test_pictures_are_drawn_and_say_what_they_show(boxes):
     assert "green &quot;y&quot;" in alt
 
 
+def test_classes_have_the_names_that_the_picture_shows():
+    """VOC's without ``class_names``, in the text for screen readers too."""
+    probabilities = torch.full((21, 4, 4), 1e-3)
+    probabilities[15] = 1 - 20e-3
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    assert "In it: person." in html(widgets.explore_crf(image, probabilities))
+
+
 def test_every_live_figure_is_a_widget(scene, boxes, shown):
     live = (
         widgets.explore_switches(),
