@@ -2,15 +2,18 @@
 
     python benchmarks/network.py --json
 
-All have the same weights and see the same crops. They take turns in one process, so that a machine
-which does other things slows all of them down; the best of the rounds counts.
+All have the same weights and see the same crops, each as many at once as suits it best. They take
+turns in one process, so that a machine which does other things slows all of them down; the best of
+the rounds counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
+import math
 import resource
 import sys
 from collections.abc import Callable
@@ -27,7 +30,7 @@ from deconvnet.deployment import (
     prepare_for_inference,
 )
 from deconvnet.evaluation import provenance, record
-from deconvnet.hardware import autocast, choose_precision, default_device
+from deconvnet.hardware import autocast, choose_precision, compiled_kernels, default_device
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.shapes import make_scene
 from deconvnet.weights import load_model, pretrained
@@ -59,7 +62,7 @@ def main() -> None:
     """Runs the benchmark and prints what it found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--crops", type=int, default=50, help="crops an image (the paper's 50)")
-    parser.add_argument("--batch", type=int, default=10, help="crops at once")
+    parser.add_argument("--batch", type=int, nargs="+", default=[10, 50], help="crops at once")
     parser.add_argument("--rounds", type=int, default=2, help="of which the best counts")
     parser.add_argument("--recipe", choices=("full", "tiny"), default="full", help="which network")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -81,42 +84,46 @@ def main() -> None:
     }
     if device.type == "cpu":
         steps["in parts"] = prepare_for_inference(model, rules=4)
-        steps["fewer multiplications"] = prepare_for_inference(model)
-    exact = list(steps)[-1]
+        steps["fewer multiplications"] = prepare_for_inference(model, rules=5)
+        if compiled_kernels() is not None:
+            steps["compiled loops"] = prepare_for_inference(model)
+    exact = fastest = list(steps)[-1]
     if best_dtype != torch.float32:
+        fastest = "all, 16 bits"
         steps["16 bits, autocast only"] = with_autocast(book, device, best_dtype)
-        steps["all, in 16 bits"] = prepare_for_inference(model, best_dtype)
+        steps[fastest] = prepare_for_inference(model, best_dtype)
+        name, encoder_dtype = other_encoder(device, best_dtype)
+        steps[f"all, {name}"] = prepare_for_inference(model, best_dtype, encoder_dtype)
 
     with torch.inference_mode():  # warms up
         for step in steps.values():
-            step(crops[: options.batch])
+            step(crops[:10])
     seconds: dict[str, float] = {}
+    batches: dict[str, int] = {}
     for _ in range(options.rounds):
-        for name, network in steps.items():
-            taken = timed(network, crops, options.batch)
-            seconds[name] = min(taken, seconds.get(name, taken))
+        for (name, network), batch in itertools.product(steps.items(), options.batch):
+            taken = timed(network, crops, batch)
+            if taken < seconds.get(name, math.inf):
+                seconds[name], batches[name] = taken, batch
 
-    layers = {
-        name: parts_of(steps[name], crops[: options.batch]) for name in (exact, list(steps)[-1])
-    }
+    layers = {name: parts_of(steps[name], crops[:10]) for name in (exact, fastest)}
     trained = load_model(pretrained("shapes-deconvnet"), device).eval()
     accuracy = {
         "trained, tiny": accuracy_of(trained, natural_crops(50, 64).to(device), best_dtype),
-        f"random, {options.recipe}": accuracy_of(model, crops[: options.batch], best_dtype),
+        f"random, {options.recipe}": accuracy_of(model, crops[:10], best_dtype),
     }
     baseline = seconds["plain port"]
-    fastest = min(seconds, key=seconds.get)
     result = {
         "network": options.recipe,
         "crops": options.crops,
-        "batch": options.batch,
+        "batch": batches,
         "dtype": str(best_dtype).removeprefix("torch."),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "ratio_fp32": round(baseline / seconds[exact], 2),
         "ratio_best": round(baseline / seconds[fastest], 2),
         "best": fastest,
         "label_agreement": {
-            dtype: found["label_agreement"] for dtype, found in accuracy["trained, tiny"].items()
+            way: found["label_agreement"] for way, found in accuracy["trained, tiny"].items()
         },
         "accuracy": accuracy,
         "seconds_a_crop_by_part": layers,
@@ -136,8 +143,15 @@ def main() -> None:
     for name, value in seconds.items():
         print(f"{name:28} {value:7.2f} s   {baseline / value:5.2f} times the plain port's speed")
     for weights, found in accuracy.items():
-        for dtype, figures in found.items():
-            print(f"{weights}, {dtype}: {figures}")
+        for way, figures in found.items():
+            print(f"{weights}, {way}: {figures}")
+
+
+def other_encoder(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype]:
+    """The choice for the encoder that is not the default in 16 bits: its name and its dtype."""
+    if device.type == "cpu":
+        return "encoder in 16 bits too", dtype
+    return "encoder in float32", torch.float32
 
 
 @torch.inference_mode()
@@ -149,14 +163,19 @@ def accuracy_of(model: DeconvNet, crops: Tensor, best_dtype: torch.dtype) -> dic
     """
     expected = model(crops)
     _, switches = model.encoder(model.normalise(crops))
+    short = str(best_dtype).removeprefix("torch.")
+    ways = {"float32": prepare_for_inference(model)}
+    if best_dtype != torch.float32:
+        ways[short] = prepare_for_inference(model, best_dtype)
+        name, encoder_dtype = other_encoder(crops.device, best_dtype)
+        ways[f"{short}, {name}"] = prepare_for_inference(model, best_dtype, encoder_dtype)
     found = {}
-    for dtype in dict.fromkeys((torch.float32, best_dtype)):
-        fast = prepare_for_inference(model, dtype)
+    for way, fast in ways.items():
         pooled, places = fast.encoder(fast.normalise(crops))
         drawn = fast.fc6_deconv(fast.fc7(fast.fc6(pooled[-1])))
         same, moved = (fast.score(fast.decoder(drawn, s)).float() for s in (switches, places))
         apart = sum(int((a != b).sum()) for a, b in zip(switches, places))
-        found[str(dtype).removeprefix("torch.")] = {
+        found[way] = {
             "label_agreement": agreement(moved, expected),
             "relative_error": relative_error(moved, expected),
             "same_switches": {
@@ -179,9 +198,14 @@ def relative_error(scores: Tensor, expected: Tensor) -> float:
 
 
 def parts_of(network: nn.Module, crops: Tensor) -> dict[str, float]:
-    """Seconds a crop that each kind of layer takes, the best of three passes."""
+    """Seconds a crop that each kind of layer takes, the best of three passes.
+
+    Taken on one thread, whose calls can be told apart, and divided by the number of threads.
+    """
     if crops.is_cuda:
         return {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     kinds = {
         nn.Conv2d: "direct convolutions",
         WinogradConvolution: "Winograd's convolutions",
@@ -212,7 +236,8 @@ def parts_of(network: nn.Module, crops: Tensor) -> dict[str, float]:
             best, clock = taken, {**spent, "pooling, unpooling, rest": rest}
     for hook in hooks:
         hook.remove()
-    return {kind: round(value / len(crops), 5) for kind, value in clock.items()}
+    torch.set_num_threads(threads)
+    return {kind: round(value / len(crops) / threads, 5) for kind, value in clock.items()}
 
 
 def operations(config: ModelConfig) -> float:

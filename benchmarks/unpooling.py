@@ -11,6 +11,7 @@ narrowed to bytes, without a backward pass.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -26,6 +27,7 @@ from deconvnet.hardware import choose_precision, default_device
 from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
 
 SIZES = ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))  # channels, side
+REPEATS = 5  # in a row, since in the network a map comes from the layer before, by the cache
 PASSES = ("pool", "unpool", "pool_backward", "unpool_backward")
 
 
@@ -111,14 +113,14 @@ def compare(ways: dict[str, tuple[Callable, Callable]], x: Tensor, rounds: int) 
                 lambda y, unpool=unpool, places=places: unpool(y, places), pooled
             )
     seconds = {way: dict.fromkeys(found, math.inf) for way, found in calls.items()}
-    for _ in range(rounds + 1):
-        for way, found in calls.items():
-            for name, call in found.items():
-                start = time.perf_counter()
-                call()
-                if x.is_cuda:
-                    torch.cuda.synchronize()
-                seconds[way][name] = min(seconds[way][name], time.perf_counter() - start)
+    names = dict.fromkeys(name for found in calls.values() for name in found)
+    for _, name, way in itertools.product(range(rounds), names, ways):
+        for _ in range(REPEATS if name in calls[way] else 0):
+            start = time.perf_counter()
+            calls[way][name]()
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            seconds[way][name] = min(seconds[way][name], time.perf_counter() - start)
     milliseconds = {
         way: {name: round(1000 * value, 4) for name, value in found.items()}
         for way, found in seconds.items()

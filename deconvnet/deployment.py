@@ -1,7 +1,7 @@
 """The same network, faster: what can be rearranged once nothing is learned any more.
 
 The network that the book teaches stays plain. Before it is used, :func:`prepare_for_inference`
-rewrites a copy of it by six rules, none of which changes what it computes but for rounding:
+rewrites a copy of it by seven rules, none of which changes what it computes but for rounding:
 
 1. *Batch norm is folded.* With fixed statistics it scales and shifts each channel, and so do the
    convolution's own weights and bias.
@@ -13,9 +13,12 @@ rewrites a copy of it by six rules, none of which changes what it computes but f
    and the library's own pooling and unpooling, with eight bytes a place, work on such a part.
 5. *Neighbouring outputs share multiplications*: :class:`WinogradConvolution` needs a quarter of
    them where a map has many channels.
-6. *Sixteen bits are enough* for weights and activations where the hardware multiplies them.
+6. *Loops pass over memory once*, compiled by Numba where that is installed: pooling, unpooling and
+   Winograd's sums. Each processor core takes its own crops through a block.
+7. *Sixteen bits are enough* for weights and activations where the hardware multiplies them, but for
+   those that choose switches: a value that lands one pixel away is a large error.
 
-The last trades exactness for speed; the others are safe. Rules 4 and 5 are for CPUs only: a GPU's
+The last trades exactness for speed; the others are safe. Rules 4 to 6 are for CPUs only: a GPU's
 libraries do the like on their own.
 """
 
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from deconvnet.hardware import compiled_kernels
 from deconvnet.model import Decoder, DeconvNet, Encoder
 from deconvnet.unpooling import unpool2d
 
@@ -36,9 +40,18 @@ CACHE_BYTES = 2**24
 """A map of this size stays in a processor's last cache, and its memory is used again: far larger
 ones go back to the operating system each time, which has to clear them before the next."""
 
+GROUP = 8
+"""At most so many crops a thread takes through all blocks where loops are compiled."""
+
+STRIP_BYTES = 2**21
+"""As many bytes of tiles a core takes at once where loops are compiled."""
+
 
 def prepare_for_inference(
-    model: nn.Module, dtype: torch.dtype = torch.float32, rules: int = 5
+    model: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    encoder_dtype: torch.dtype | None = None,
+    rules: int = 6,
 ) -> nn.Module:
     """Returns a faster copy of a network, for inference only, on the network's device.
 
@@ -46,38 +59,53 @@ def prepare_for_inference(
         model: A :class:`~deconvnet.model.DeconvNet` or :class:`~deconvnet.fcn.FCN8s`.
         dtype: What the copy computes in: ``float32``, or ``bfloat16`` or ``float16`` where the
             hardware has it. Its scores come back in this type.
-        rules: 3 to leave out rules 4 and 5, 4 to leave out rule 5: to see what each is worth.
+        encoder_dtype: What a DeconvNet's encoder computes in, which chooses the switches. By
+            default ``dtype`` on a GPU and at least ``float32`` on a CPU, where rules 5 and 6 make
+            up for most of the difference.
+        rules: 3, 4 or 5 to leave out the rules from the next to 6: to see what each is worth.
 
     Returns:
         A network that is called as ``model`` is, in evaluation mode, channels-last, without
         gradients. In float32 its scores are ``model``'s but for rounding.
 
     Raises:
-        TypeError: ``dtype`` is not floating.
+        TypeError: A dtype is not floating.
         ValueError: ``model`` has been prepared already.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating, got {dtype}")
     if getattr(model, "prepared", False):
         raise ValueError("the network is prepared already; prepare the one that was trained")
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if encoder_dtype is None:
+        exact = on_cpu and isinstance(model, DeconvNet) and dtype.itemsize < 4
+        encoder_dtype = torch.float32 if exact else dtype
+    for name, given in (("dtype", dtype), ("encoder_dtype", encoder_dtype)):
+        if not given.is_floating_point:
+            raise TypeError(f"{name} must be floating, got {given}")
+    compiled = on_cpu and rules >= 6 and compiled_kernels() is not None
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast.prepared = True
-    on_cpu = next(fast.parameters()).device.type == "cpu"
     fold_batch_norm(fast)
     if isinstance(fast, DeconvNet):
         fast.fc6[0], fast.fc7[0] = ConvolutionOfAll(fast.fc6[0]), ConvolutionOfAll(fast.fc7[0])
         fast.fc6_deconv[0] = DeconvolutionToAll(fast.fc6_deconv[0])
     _replace(fast, nn.ConvTranspose2d, lambda d: as_convolution(d) if d.stride == (1, 1) else d)
-    if on_cpu and rules >= 5:
-        _replace(fast, nn.Conv2d, lambda c: winograd(c, dtype))
-    normalise = fast.normalise  # computes in float32: 255 - 123.675 has more than 8 bits
-    fast = fast.to(dtype, memory_format=torch.channels_last)
-    fast.normalise = nn.Sequential(normalise.float(), CastTo(dtype))
-    if on_cpu and rules >= 4 and isinstance(fast, DeconvNet):
-        at_once = crops_at_once(fast.config.widths, fast.config.input_size, dtype)
-        fast.encoder = EncoderInParts(fast.encoder, at_once)
-        fast.decoder = DecoderInParts(fast.decoder, fast.score, at_once)
-        fast.score = nn.Identity()  # the decoder's last block does it, part by part
+    for name, part in fast.named_children():
+        part_dtype = encoder_dtype if name == "encoder" else dtype
+        if on_cpu and rules >= 5:
+            _replace(part, nn.Conv2d, lambda c, d=part_dtype: winograd(c, d, compiled))
+        if name != "normalise":  # that computes in float32: 255 - 123.675 has more than 8 bits
+            part.to(part_dtype, memory_format=torch.channels_last)
+    fast.normalise = nn.Sequential(fast.normalise.float(), CastTo(encoder_dtype))
+    if isinstance(fast, DeconvNet):
+        fast.fc6.insert(0, CastTo(dtype))
+        if on_cpu and rules >= 4:
+            widths, side = fast.config.widths, fast.config.input_size
+            share = torch.get_num_threads() if compiled else 1  # of the cache, for each thread
+            at_once = crops_at_once(widths, side, encoder_dtype, share)
+            fast.encoder = EncoderInParts(fast.encoder, at_once, compiled)
+            at_once = crops_at_once(widths, side, dtype, share)
+            fast.decoder = DecoderInParts(fast.decoder, fast.score, at_once, compiled)
+            fast.score = nn.Identity()  # the decoder's last block does it, part by part
     return fast
 
 
@@ -206,18 +234,21 @@ def as_convolution(deconvolution: nn.ConvTranspose2d) -> nn.Conv2d:
 # --- rule 4: maps that stay in the cache ------------------------------------------------------
 
 
-def crops_at_once(widths: Sequence[int], input_size: int, dtype: torch.dtype) -> list[int]:
+def crops_at_once(
+    widths: Sequence[int], input_size: int, dtype: torch.dtype, threads: int = 1
+) -> list[int]:
     """How many crops each block takes so that one of its maps has at most ``CACHE_BYTES``.
 
     Args:
         widths: Channels of the blocks, from the image down, each at half the size of the last.
         input_size: Side of a crop in pixels.
         dtype: Of the maps.
+        threads: That share the cache, each with maps of its own.
     """
     maps = (
         width * (input_size >> level) ** 2 * dtype.itemsize for level, width in enumerate(widths)
     )
-    return [max(1, CACHE_BYTES // size) for size in maps]
+    return [max(1, CACHE_BYTES // threads // size) for size in maps]
 
 
 class EncoderInParts(nn.Module):
@@ -226,21 +257,25 @@ class EncoderInParts(nn.Module):
     Args:
         encoder: What it computes.
         at_once: Crops for each block, from the image down.
+        compiled: Whether to use :mod:`deconvnet.kernels`.
     """
 
-    def __init__(self, encoder: Encoder, at_once: Sequence[int]) -> None:
+    def __init__(self, encoder: Encoder, at_once: Sequence[int], compiled: bool = False) -> None:
         super().__init__()
-        self.blocks, self.at_once = encoder.blocks, at_once
+        self.blocks, self.at_once, self.compiled = encoder.blocks, at_once, compiled
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns what :meth:`deconvnet.model.Encoder.forward` does."""
-        pooled, switches = [], []
+        """Returns the deepest pooled map alone in its list, and the switches of all five."""
+        deepest, *switches = map(_joined, zip(*_in_groups(self._encode, (x,), self.compiled)))
+        return [deepest], switches
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        pool = compiled_kernels().max_pool if self.compiled else library_pool
+        switches = []
         for block, count in zip(self.blocks, self.at_once):
-            parts = [library_pool(block(part)) for part in x.split(count)]
-            x, where = map(_joined, zip(*parts))
-            pooled.append(x)
+            x, where = map(_joined, zip(*[pool(block(part)) for part in x.split(count)]))
             switches.append(where)
-        return pooled, switches
+        return x, *switches
 
 
 class DecoderInParts(nn.Module):
@@ -250,20 +285,43 @@ class DecoderInParts(nn.Module):
         decoder: What it computes.
         score: The layer after it.
         at_once: Crops for each block, from the image down.
+        compiled: Whether to use :mod:`deconvnet.kernels`.
     """
 
-    def __init__(self, decoder: Decoder, score: nn.Module, at_once: Sequence[int]) -> None:
+    def __init__(
+        self, decoder: Decoder, score: nn.Module, at_once: Sequence[int], compiled: bool = False
+    ) -> None:
         super().__init__()
         *others, last = decoder.blocks
         self.blocks = nn.ModuleList([*others, nn.Sequential(last, score)])
-        self.at_once = at_once
+        self.at_once, self.compiled = at_once, compiled
 
     def forward(self, x: Tensor, switches: list[Tensor]) -> Tensor:
         """Returns the scores of what :meth:`deconvnet.model.Decoder.forward` gives."""
+        return _joined(_in_groups(self._decode, (x, *switches), self.compiled))
+
+    def _decode(self, x: Tensor, *switches: Tensor) -> Tensor:
+        unpool = compiled_kernels().unpool if self.compiled else library_unpool
         for block, where, count in zip(self.blocks, reversed(switches), reversed(self.at_once)):
             parts = zip(x.split(count), where.split(count))
-            x = _joined([block(library_unpool(part, places)) for part, places in parts])
+            x = _joined([block(unpool(part, places)) for part, places in parts])
         return x
+
+
+def _in_groups(work: Callable, maps: tuple[Tensor, ...], shared: bool) -> list:
+    """What ``work`` makes of all crops or, shared among threads, of groups of them.
+
+    Args:
+        work: Called with the same crops of all maps.
+        maps: ``[N, ...]`` each.
+        shared: Whether each thread takes a group through all blocks, without waiting for others.
+    """
+    if not shared:
+        return [work(*maps)]
+    threads, number = torch.get_num_threads(), len(maps[0])
+    groups = threads * -(-number // (threads * GROUP))  # of one size, so that all end together
+    parts = zip(*(x.tensor_split(min(groups, number)) for x in maps))
+    return compiled_kernels().share(work, parts)
 
 
 def library_pool(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,19 +394,23 @@ _WINOGRAD = {
 }
 
 
-def winograd(convolution: nn.Conv2d, dtype: torch.dtype) -> nn.Module:
+def winograd(
+    convolution: nn.Conv2d, dtype: torch.dtype, compiled: bool = False
+) -> nn.Conv2d | WinogradConvolution:
     """The convolution by Winograd's way if that is faster on a CPU, else the convolution.
 
     The way there and back costs the same for each channel, what it saves grows with the number
-    of channels: it pays from 128 on, in 16 bits (where multiplying is cheap) from 256 on. In 16
-    bits the larger tile would round too coarsely.
+    of channels: it pays from 128 on (from 64 on where loops are compiled), in 16 bits (where
+    multiplying is cheap) from 256 on. In 16 bits the larger tile would round too coarsely.
     """
     c = convolution
     shape = c.kernel_size, c.stride, c.padding, c.dilation, c.groups
     fits = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and c.padding_mode == "zeros"
     full = dtype.itemsize >= 4
-    pays = min(c.in_channels, c.out_channels) >= (128 if full else 256)
-    return WinogradConvolution(c, tile=4 if full else 2) if fits and pays else c
+    pays_from = (64 if compiled else 128) if full else 256
+    if not fits or min(c.in_channels, c.out_channels) < pays_from:
+        return c
+    return WinogradConvolution(c, 4, compiled) if full else WinogradConvolution(c, 2)
 
 
 class WinogradConvolution(nn.Module):
@@ -365,11 +427,12 @@ class WinogradConvolution(nn.Module):
     Args:
         convolution: 3 x 3, stride 1, padding 1 (zeros), one group.
         tile: ``m``, 2 or 4. A larger tile saves more and rounds more coarsely.
+        compiled: Whether to use :mod:`deconvnet.kernels`, which knows tiles of 4 only.
     """
 
-    def __init__(self, convolution: nn.Conv2d, tile: int) -> None:
+    def __init__(self, convolution: nn.Conv2d, tile: int, compiled: bool = False) -> None:
         super().__init__()
-        self.tile = tile
+        self.tile, self.compiled = tile, compiled
         self.inwards, kernels, self.outwards = _WINOGRAD[tile]
         weight = convolution.weight.detach()
         g = torch.tensor(kernels, dtype=torch.float64, device=weight.device)
@@ -382,19 +445,52 @@ class WinogradConvolution(nn.Module):
         m = self.tile
         number, _, height, width = x.shape
         rows, columns = -(-height // m), -(-width // m)  # of tiles, the last ones filled up
-        padding = (0, 0, 1, m * columns + 1 - width, 1, m * rows + 1 - height)
-        x = F.pad(x.permute(0, 2, 3, 1), padding)
+        x = x.permute(0, 2, 3, 1).contiguous()
+        if self.compiled:
+            return self._compiled(x, rows, columns)
+        x = F.pad(x, (0, 0, 1, m * columns + 1 - width, 1, m * rows + 1 - height))
         y = x.new_empty(number, m * rows, m * columns, self.matrices.shape[2])
-        row_bytes = max(x.shape[3], y.shape[3]) * (m + 2) ** 2 * columns * x.element_size()
-        at_once = max(1, CACHE_BYTES // row_bytes)  # rows of tiles, of one crop or of several
-        crops, strip = max(1, at_once // rows), m * min(at_once, rows)
+        crops, strip = self._at_once(rows, columns, CACHE_BYTES)
         for xs, ys in zip(x.split(crops), y.split(crops)):
-            for top in range(0, m * rows, strip):
-                bottom = min(top + strip, m * rows)
+            for top in range(0, m * rows, m * strip):
+                bottom = min(top + m * strip, m * rows)
                 self._convolve(xs[:, top : bottom + 2], ys[:, top:bottom])
         return (
             y[:, :height, :width].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         )
+
+    def _at_once(self, rows: int, columns: int, size: int) -> tuple[int, int]:
+        """Crops, and rows of tiles of each, whose tiles have at most ``size`` bytes."""
+        numbers = max(self.matrices.shape[1:]) * len(self.matrices) * columns
+        count = max(1, size // (numbers * self.matrices.element_size()))
+        return max(1, count // rows), min(count, rows)
+
+    def _compiled(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """The same with compiled loops, for ``x`` of ``[N, H, W, C]``."""
+        kernels = compiled_kernels()
+        y = x.new_empty(*x.shape[:3], self.matrices.shape[2])
+        bias = torch.zeros_like(y[0, 0, 0]) if self.bias is None else self.bias
+        inwards, outwards = (bias.new_tensor(m).numpy() for m in (self.inwards, self.outwards))
+
+        def convolve(crops: slice, first: int, last: int) -> None:
+            xs, ys = x[crops].numpy(), y[crops].numpy()
+            places = 6, 6, len(xs), last - first, columns
+            tiles = x.new_empty(*places, x.shape[3])
+            kernels.winograd_inwards(xs, inwards, 4 * first, tiles.numpy())
+            products = torch.bmm(tiles.view(36, -1, x.shape[3]), self.matrices)
+            products = products.view(*places, -1).numpy()
+            kernels.winograd_outwards(products, outwards, bias.numpy(), 4 * first, ys)
+
+        # the matrices are read again for each strip, so they want a large one where they are large
+        size = max(STRIP_BYTES, self.matrices.nbytes // 2)
+        crops, strip = self._at_once(rows, columns, size)
+        pieces = (
+            (slice(start, start + crops), top, min(top + strip, rows))
+            for start in range(0, len(x), crops)
+            for top in range(0, rows, strip)
+        )
+        kernels.share(convolve, pieces)
+        return y.permute(0, 3, 1, 2)
 
     def _convolve(self, x: Tensor, y: Tensor) -> None:
         """Fills ``y`` of ``[N, m r, m c, D]`` from ``x`` of ``[N, m r + 2, m c + 2, C]``."""

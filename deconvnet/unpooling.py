@@ -21,11 +21,18 @@ one byte per pooled value, an eighth of PyTorch's ``int64`` indices.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from deconvnet.hardware import compiled_kernels
+
 MAX_KERNEL_SIZE = 16  # a switch is one byte, so a window holds at most 256 places
+
+COMPILED_FROM = 2**12
+"""Maps with fewer values are left to tensors: a compiled loop has to be fetched from the disk."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -72,7 +79,7 @@ def unpool2d(
     :func:`switches_to_indices` gives.
 
     Args:
-        x: ``[N, C, h, w]`` or ``[C, h, w]``, any dtype and memory format.
+        x: ``[N, C, h, w]`` or ``[C, h, w]``, any real dtype and memory format.
         switches: ``uint8``, the shape of ``x``, from :func:`max_pool2d_with_switches`.
         output_size: ``(H, W)`` of the result, where ``h * k <= H < (h + 1) * k`` and likewise
             ``W``: pass the size of what was pooled. By default ``(h * k, w * k)``.
@@ -212,10 +219,13 @@ class _Gather(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, switches: Tensor, kernel_size: int) -> Tensor:
-        first, *others = _places(x, kernel_size)
-        gathered = _keep(first, switches == 0)
-        for place, value in enumerate(others, start=1):
-            gathered += _keep(value, switches == place)
+        if kernels := _kernels_for(x, kernel_size):
+            gathered = kernels.gather(x, switches)
+        else:
+            first, *others = _places(x, kernel_size)
+            gathered = _keep(first, switches == 0)
+            for place, value in enumerate(others, start=1):
+                gathered += _keep(value, switches == place)
         ctx.save_for_backward(switches)
         ctx.size, ctx.kernel_size = x.shape[-2:], kernel_size
         return gathered
@@ -233,9 +243,12 @@ class _Unpool(Function):
     def forward(
         ctx, x: Tensor, switches: Tensor, size: tuple[int, int], kernel_size: int
     ) -> Tensor:
-        unpooled = _zeros_like(x, size)
-        for place, values in enumerate(_places(unpooled, kernel_size)):
-            values.copy_(_keep(x, switches == place))
+        if kernels := _kernels_for(x, kernel_size):
+            unpooled = kernels.unpool(x, switches, size)
+        else:
+            unpooled = _zeros_like(x, size)
+            for place, values in enumerate(_places(unpooled, kernel_size)):
+                values.copy_(_keep(x, switches == place))
         ctx.save_for_backward(switches)
         ctx.kernel_size = kernel_size
         return unpooled
@@ -251,14 +264,17 @@ class _MaxPool(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
-        *others, last = _places(x, kernel_size)
-        pooled = last.clone()
-        switches = torch.full_like(pooled, len(others), dtype=torch.uint8)
-        # Backwards, so that the first of equal values has the last word; NaN never gives way.
-        for place, value in reversed(list(enumerate(others))):
-            stays = (value < pooled) | pooled.isnan()
-            pooled = torch.maximum(pooled, value)
-            switches = _keep(switches, stays).clamp(min=place)
+        if kernels := _kernels_for(x, kernel_size):
+            pooled, switches = kernels.max_pool(x)
+        else:
+            *others, last = _places(x, kernel_size)
+            pooled = last.clone()
+            switches = torch.full_like(pooled, len(others), dtype=torch.uint8)
+            # Backwards, so that the first of equals has the last word; NaN never gives way.
+            for place, value in reversed(list(enumerate(others))):
+                stays = (value < pooled) | pooled.isnan()
+                pooled = torch.maximum(pooled, value)
+                switches = _keep(switches, stays).clamp(min=place)
         ctx.save_for_backward(switches)
         ctx.mark_non_differentiable(switches)
         ctx.size, ctx.kernel_size = x.shape[-2:], kernel_size
@@ -268,6 +284,14 @@ class _MaxPool(Function):
     def backward(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         (switches,) = ctx.saved_tensors
         return _Unpool.apply(gradient, switches, ctx.size, ctx.kernel_size), None
+
+
+def _kernels_for(x: Tensor, kernel_size: int) -> ModuleType | None:
+    """Compiled loops that do the same for this map, if there are any."""
+    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
+        return None
+    fits = kernel_size == 2 and x.element_size() in _BITS and x.numel() >= COMPILED_FROM
+    return compiled_kernels() if fits else None
 
 
 def _places(x: Tensor, kernel_size: int) -> list[Tensor]:

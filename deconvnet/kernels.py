@@ -1,0 +1,353 @@
+"""Loops that pass over memory once, compiled by Numba where it is installed.
+
+Written with tensors, pooling with switches reads and writes its map a dozen times: once for every
+comparison and every choice. A compiled loop looks at each window once. The loops here compute
+exactly what :mod:`deconvnet.unpooling` does with tensors, and the sums before and after the matrix
+products of :class:`deconvnet.deployment.WinogradConvolution`. Both do without where Numba is
+missing: they ask :func:`deconvnet.hardware.compiled_kernels` for this module, which nothing else
+imports.
+
+Maps lie channels-last in memory, ``[N, H, W, C]``, or plane by plane, ``[N C, H, W]``. A processor
+works on neighbouring values together, sixteen at once: in the first case those of a pixel's
+channels, in the second those of a row. So there are two loops for each task.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+SMALL = 2**20
+"""Maps with fewer values than this are not worth waking a second thread."""
+
+# Without Python's lock, so that threads share the work; the machine code is kept on disk.
+_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
+_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+# --- 2 x 2 pooling and unpooling --------------------------------------------------------------
+
+
+def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The maxima of 2 x 2 windows and their switches.
+
+    Args:
+        x: ``[..., H, W]`` of 3 or 4 dimensions, any floating-point dtype, on the CPU.
+
+    Returns:
+        As :func:`deconvnet.unpooling.max_pool2d_with_switches`, without a gradient.
+    """
+    wide = x if x.element_size() >= 4 else x.float()  # Numba does not know 16 bits
+    pooled = _empty(wide, (x.shape[-2] // 2, x.shape[-1] // 2))
+    switches = torch.empty_like(pooled, dtype=torch.uint8)
+    _share_rows((_pool_planes, _pool_pixels), wide, pooled, switches)
+    return pooled.to(x.dtype), switches
+
+
+def unpool(x: Tensor, switches: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """Every value at its switch in a 2 x 2 window, zeros around it.
+
+    Args:
+        x: ``[..., h, w]`` of 3 or 4 dimensions, any real dtype, on the CPU.
+        switches: ``uint8``, the shape of ``x``, from 0 to 3; others drop their value.
+        size: ``(H, W)`` of the result: ``2 h`` (the default) or ``2 h + 1``, and likewise ``W``.
+    """
+    even = 2 * x.shape[-2], 2 * x.shape[-1]
+    unpooled = _empty(x, size or even)
+    if unpooled.shape[-2:] != even:
+        unpooled.zero_()  # the loop leaves an odd last row or column alone
+    _share_rows((_unpool_planes, _unpool_pixels), _bits(unpooled), _bits(x), switches)
+    return unpooled
+
+
+def gather(x: Tensor, switches: Tensor) -> Tensor:
+    """The value at the switch of each 2 x 2 window: what :func:`unpool` put there.
+
+    Args:
+        x: ``[..., H, W]`` of 3 or 4 dimensions, any real dtype, on the CPU.
+        switches: ``uint8 [..., H // 2, W // 2]``, from 0 to 3; others give zero.
+    """
+    gathered = _empty(x, switches.shape[-2:])
+    _share_rows((_gather_planes, _gather_pixels), _bits(x), _bits(gathered), switches)
+    return gathered
+
+
+@_loop
+def _largest(a, b, c, d):
+    """The largest of four and its place; the first of equals, the last NaN."""
+    best, place = a, 0
+    if b > best or b != b:
+        best, place = b, 1
+    if c > best or c != c:
+        best, place = c, 2
+    if d > best or d != d:
+        best, place = d, 3
+    return best, place
+
+
+@_loop
+def _pool_pixels(start, stop, x, pooled, switches):
+    height, width, channels = pooled.shape[1:]
+    for row in range(start, stop):
+        n, i = row // height, row % height
+        for j in range(width):
+            for k in range(channels):
+                pooled[n, i, j, k], switches[n, i, j, k] = _largest(
+                    x[n, 2 * i, 2 * j, k],
+                    x[n, 2 * i, 2 * j + 1, k],
+                    x[n, 2 * i + 1, 2 * j, k],
+                    x[n, 2 * i + 1, 2 * j + 1, k],
+                )
+
+
+@_loop
+def _pool_planes(start, stop, x, pooled, switches):
+    height, width = pooled.shape[1:]
+    for row in range(start, stop):
+        n, i = row // height, row % height
+        for j in range(width):
+            pooled[n, i, j], switches[n, i, j] = _largest(
+                x[n, 2 * i, 2 * j],
+                x[n, 2 * i, 2 * j + 1],
+                x[n, 2 * i + 1, 2 * j],
+                x[n, 2 * i + 1, 2 * j + 1],
+            )
+
+
+@_loop
+def _unpool_pixels(start, stop, unpooled, x, switches):
+    height, width, channels = x.shape[1:]
+    for row in range(start, stop):
+        n, i = row // height, row % height
+        for place in range(4):
+            for j in range(width):
+                for k in range(channels):
+                    here = switches[n, i, j, k] == place
+                    value = x[n, i, j, k] if here else 0
+                    unpooled[n, 2 * i + place // 2, 2 * j + place % 2, k] = value
+
+
+@_loop
+def _unpool_planes(start, stop, unpooled, x, switches):
+    height, width = x.shape[1:]
+    for row in range(start, stop):
+        n, i = row // height, row % height
+        for below in range(2):
+            for j in range(width):
+                value, switch = x[n, i, j], switches[n, i, j]
+                unpooled[n, 2 * i + below, 2 * j] = value if switch == 2 * below else 0
+                unpooled[n, 2 * i + below, 2 * j + 1] = value if switch == 2 * below + 1 else 0
+
+
+@_loop
+def _chosen(switch, a, b, c, d):
+    """One of four whole numbers by its place; zero for another place."""
+    return a * (switch == 0) + b * (switch == 1) + c * (switch == 2) + d * (switch == 3)
+
+
+@_loop
+def _gather_pixels(start, stop, x, gathered, switches):
+    height, width, channels = gathered.shape[1:]
+    for row in range(start, stop):
+        n, i = row // height, row % height
+        for j in range(width):
+            for k in range(channels):
+                gathered[n, i, j, k] = _chosen(
+                    switches[n, i, j, k],
+                    x[n, 2 * i, 2 * j, k],
+                    x[n, 2 * i, 2 * j + 1, k],
+                    x[n, 2 * i + 1, 2 * j, k],
+                    x[n, 2 * i + 1, 2 * j + 1, k],
+                )
+
+
+@_loop
+def _gather_planes(start, stop, x, gathered, switches):
+    height, width = gathered.shape[1:]
+    for row in range(start, stop):
+        n, i = row // height, row % height
+        for j in range(width):
+            gathered[n, i, j] = _chosen(
+                switches[n, i, j],
+                x[n, 2 * i, 2 * j],
+                x[n, 2 * i, 2 * j + 1],
+                x[n, 2 * i + 1, 2 * j],
+                x[n, 2 * i + 1, 2 * j + 1],
+            )
+
+
+def _empty(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Memory for a map of another height and width than ``x``, in its format."""
+    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    return torch.empty((*x.shape[:-2], *size), dtype=x.dtype, memory_format=layout)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as whole numbers: moving a value needs no arithmetic, NaN stays NaN."""
+    return x.view(_BITS[x.element_size()])
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return (
+        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _share_rows(loops: tuple[Callable, Callable], large: Tensor, *small: Tensor) -> None:
+    """Runs the loop for the layout of ``large`` over all rows of windows, shared among threads."""
+    pixels = _is_channels_last(large)
+    layout = torch.channels_last if pixels else torch.contiguous_format
+
+    def array(x: Tensor) -> np.ndarray:
+        x = x.detach().contiguous(memory_format=layout)
+        return (x.permute(0, 2, 3, 1) if pixels else x.flatten(0, x.ndim - 3)).numpy()
+
+    arrays = [array(x) for x in (large, *small)]
+    rows = arrays[-1].shape[0] * arrays[-1].shape[1]
+    threads = 1 if large.numel() < SMALL else min(torch.get_num_threads(), rows)
+    edges = [rows * i // threads for i in range(threads + 1)]
+    others = [
+        _workers(threads - 1).submit(loops[pixels], start, stop, *arrays)
+        for start, stop in zip(edges[1:], edges[2:])
+    ]
+    loops[pixels](edges[0], edges[1], *arrays)
+    for other in others:
+        other.result()
+
+
+# --- Winograd's sums --------------------------------------------------------------------------
+
+
+@_sums
+def winograd_inwards(x, matrix, first, tiles):
+    """Sums and differences of the 6 x 6 values under each tile of 4 x 4 outputs.
+
+    Args:
+        x: ``[N, H, W, C]``, the map that is convolved.
+        matrix: ``[6, 6]``, applied to the rows and then to the columns of every tile.
+        first: The output row with which the first row of tiles begins.
+        tiles: ``[6, 6, N, rows, columns, C]``, is filled.
+    """
+    height, width, channels = x.shape[1:]
+    number, rows, columns = tiles.shape[2:5]
+    mixed = np.zeros((4 * columns + 2, channels), x.dtype)  # a row, with zeros around it
+    for n in range(number):
+        for i in range(rows):
+            top = first + 4 * i - 1
+            for p in range(6):
+                if top >= 0 and top + 6 <= height:
+                    a, b, c, d, e, f = matrix[p]
+                    for w in range(width):
+                        for k in range(channels):
+                            mixed[1 + w, k] = (
+                                a * x[n, top, w, k]
+                                + b * x[n, top + 1, w, k]
+                                + c * x[n, top + 2, w, k]
+                                + d * x[n, top + 3, w, k]
+                                + e * x[n, top + 4, w, k]
+                                + f * x[n, top + 5, w, k]
+                            )
+                else:  # beyond the map there are zeros
+                    mixed[:] = 0
+                    for row in range(max(top, 0), min(top + 6, height)):
+                        for w in range(width):
+                            for k in range(channels):
+                                mixed[1 + w, k] += matrix[p, row - top] * x[n, row, w, k]
+                for q in range(6):
+                    a, b, c, d, e, f = matrix[q]
+                    for j in range(columns):
+                        for k in range(channels):
+                            tiles[p, q, n, i, j, k] = (
+                                a * mixed[4 * j, k]
+                                + b * mixed[4 * j + 1, k]
+                                + c * mixed[4 * j + 2, k]
+                                + d * mixed[4 * j + 3, k]
+                                + e * mixed[4 * j + 4, k]
+                                + f * mixed[4 * j + 5, k]
+                            )
+
+
+@_sums
+def winograd_outwards(products, matrix, bias, first, y):
+    """Combines the products of each tile to 4 x 4 outputs.
+
+    Args:
+        products: ``[6, 6, N, rows, columns, D]``.
+        matrix: ``[4, 6]``, applied to the rows and then to the columns of every tile.
+        bias: ``[D]``, is added to each output.
+        first: The output row with which the first row of tiles begins.
+        y: ``[N, H, W, D]``, is filled from there on; what a tile has beyond it is left out.
+    """
+    height, width, channels = y.shape[1:]
+    number, rows, columns = products.shape[2:5]
+    mixed = np.empty((6, channels), y.dtype)
+    for n in range(number):
+        for i in range(rows):
+            for j in range(columns):
+                for p in range(min(4, height - first - 4 * i)):
+                    a, b, c, d, e, f = matrix[p]
+                    for q in range(6):
+                        for k in range(channels):
+                            mixed[q, k] = (
+                                a * products[0, q, n, i, j, k]
+                                + b * products[1, q, n, i, j, k]
+                                + c * products[2, q, n, i, j, k]
+                                + d * products[3, q, n, i, j, k]
+                                + e * products[4, q, n, i, j, k]
+                                + f * products[5, q, n, i, j, k]
+                            )
+                    for q in range(min(4, width - 4 * j)):
+                        a, b, c, d, e, f = matrix[q]
+                        for k in range(channels):
+                            y[n, first + 4 * i + p, 4 * j + q, k] = (
+                                bias[k]
+                                + a * mixed[0, k]
+                                + b * mixed[1, k]
+                                + c * mixed[2, k]
+                                + d * mixed[3, k]
+                                + e * mixed[4, k]
+                                + f * mixed[5, k]
+                            )
+
+
+# --- threads ----------------------------------------------------------------------------------
+
+
+def share(work: Callable, pieces: Iterable[tuple]) -> list:
+    """Does independent pieces of work side by side, on as many threads as PyTorch uses.
+
+    A thread that takes its piece through many steps finds it in its own cache at each of them, and
+    waits for the others only once.
+
+    Args:
+        work: Called as ``work(*piece)``. What it asks of PyTorch runs on that one thread, without
+            gradients.
+        pieces: Arguments, one tuple for each call.
+
+    Returns:
+        What each call returned, in the order of ``pieces``.
+    """
+    pieces = list(pieces)
+    threads = min(torch.get_num_threads(), len(pieces))
+    if threads <= 1:
+        return [work(*piece) for piece in pieces]
+    quiet = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+    return list(_workers(threads).map(quiet()(work), *zip(*pieces)))
+
+
+@functools.cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads, each of which PyTorch takes for the only one."""
+    return ThreadPoolExecutor(threads, "deconvnet", torch.set_num_threads, (1,))
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=_workers.cache_clear)

@@ -1,0 +1,243 @@
+"""Compiled loops against tensors: the same values, in every layout, alone or shared among threads."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deconvnet import hardware, unpooling
+from deconvnet.deployment import WinogradConvolution, prepare_for_inference
+from deconvnet.model import DeconvNet, ModelConfig
+from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
+
+kernels = pytest.importorskip("deconvnet.kernels", reason="needs Numba")
+
+LAYOUTS = ("channels_last", "contiguous", "transposed")
+SHAPES = (
+    (3, 8, 64, 48),
+    (2, 33, 31, 17),
+    (5, 64, 64),
+    (1, 1, 70, 90),
+    (2, 512, 2, 2),
+    (1, 3, 3, 2),
+)
+
+
+def a_map(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
+    """Few different values, so that ties are many; NaN, infinities and both zeros among them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).mul(2).round()
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
+    places = torch.rand(shape, generator=generator) < 0.05
+    x[places] = odd[torch.randint(4, (int(places.sum()),), generator=generator)]
+    x = x.to(dtype)
+    if layout == "channels_last" and x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2) if layout == "transposed" else x
+
+
+def there_and_back(x: Tensor) -> list[Tensor]:
+    """Pooled, switches, unpooled, and the gradients of both."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    pooled, switches = max_pool2d_with_switches(x)
+    leaf = pooled.detach().requires_grad_()
+    unpooled = unpool2d(leaf, switches, x.shape[-2:])
+    weights = torch.arange(unpooled.numel()).view(unpooled.shape).to(x.dtype)
+    (gathered,) = torch.autograd.grad(unpooled, leaf, weights)
+    (scattered,) = torch.autograd.grad(pooled, x, gathered)
+    return [t.detach() for t in (pooled, switches, unpooled, gathered, scattered)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "layout"), [*itertools.product(SHAPES, LAYOUTS)])
+def test_same_values_as_tensors(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpooling, "COMPILED_FROM", 0)
+    monkeypatch.setattr(kernels, "SMALL", 64)  # so that threads share even these
+    x = a_map(shape, layout, dtype)
+    used = []
+    pool = kernels.max_pool
+    monkeypatch.setattr(kernels, "max_pool", lambda x: used.append(1) or pool(x))
+    compiled = there_and_back(x)
+    assert used, "the compiled loops were not asked"
+    monkeypatch.setattr(unpooling, "compiled_kernels", lambda: None)
+    for ours, expected in zip(compiled, there_and_back(x), strict=True):
+        assert ours.dtype == expected.dtype and ours.shape == expected.shape
+        # -0 equals 0 here: tensors, which add zeros, lose its sign
+        torch.testing.assert_close(ours, expected, atol=0, rtol=0, equal_nan=True)
+        if layout != "transposed":
+            assert ours.is_contiguous() == expected.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_what_is_compiled_is_what_stands_there(layout: str) -> None:
+    """The loops as plain Python: what a reader, and the coverage, sees of them."""
+    x = a_map((2, 3, 4, 6), layout, torch.float32)
+    pooled, switches = kernels.max_pool(x)
+    kinds = "pixels" if layout == "channels_last" else "planes"
+
+    def array(x: Tensor) -> np.ndarray:
+        return (x.permute(0, 2, 3, 1) if kinds == "pixels" else x.flatten(0, 1)).numpy()
+
+    arrays = [np.zeros_like(array(t)) for t in (pooled, switches, x, pooled)]
+    rows = arrays[0].shape[0] * arrays[0].shape[1]
+    loop = {name: getattr(kernels, f"_{name}_{kinds}").py_func for name in ("pool", "unpool")}
+    loop["pool"](0, rows, array(x), *arrays[:2])
+    np.testing.assert_array_equal(arrays[0], array(pooled))
+    np.testing.assert_array_equal(arrays[1], array(switches))
+    loop["unpool"](0, rows, arrays[2], array(pooled), array(switches))
+    np.testing.assert_array_equal(arrays[2], array(kernels.unpool(pooled, switches)))
+    # `_gather` computes with the bits
+    bits = [np.ascontiguousarray(a).view(np.int32) for a in (array(x), arrays[3])]
+    getattr(kernels, f"_gather_{kinds}").py_func(0, rows, *bits, array(switches))
+    np.testing.assert_array_equal(bits[1].view(np.float32), array(pooled))
+
+
+def test_a_switch_out_of_range_drops_its_value() -> None:
+    x = torch.randn(1, 4, 32, 32)
+    switches = torch.randint(0, 9, x.shape, dtype=torch.uint8)
+    unpooled = kernels.unpool(x, switches)
+    assert torch.equal(F.avg_pool2d(unpooled, 2) * 4, x * (switches < 4))
+    assert torch.equal(kernels.gather(unpooled, switches), x * (switches < 4))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("channels", "out"), [(16, 16), (3, 40), (70, 5)])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 9), (28, 31), (3, 64)])
+def test_winograd(
+    channels: int, out: int, size: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deconvnet.deployment.STRIP_BYTES", 2**15)  # several strips
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(channels, out, 3, padding=1, bias=bias).requires_grad_(False)
+    x = torch.randn(3, channels, *size)
+    expected = convolution(x)
+    found = WinogradConvolution(convolution, 4, compiled=True)(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    plain = WinogradConvolution(convolution, 4)(x)
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_winograds_loops_as_plain_python() -> None:
+    convolution = nn.Conv2d(2, 3, 3, padding=1).double().requires_grad_(False)
+    layer = WinogradConvolution(convolution, 4, compiled=True)
+    x = torch.randn(1, 2, 5, 9).double()
+    tiles, y = np.empty((6, 6, 1, 2, 3, 2)), np.empty((1, 5, 9, 3))
+    pixels = x.permute(0, 2, 3, 1).contiguous().numpy()
+    kernels.winograd_inwards.py_func(pixels, np.array(layer.inwards, float), 0, tiles)
+    products = torch.bmm(torch.from_numpy(tiles).view(36, -1, 2), layer.matrices)
+    products = products.view(6, 6, 1, 2, 3, 3).numpy()
+    matrix, bias = np.array(layer.outwards, float), convolution.bias.numpy()
+    kernels.winograd_outwards.py_func(products, matrix, bias, 0, y)
+    np.testing.assert_allclose(y, convolution(x).permute(0, 2, 3, 1).numpy(), atol=1e-12)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_shares_keep_their_order_and_run_on_one_thread_each(two_threads) -> None:
+    def work(number: int, text: str) -> tuple:
+        return number, text, torch.get_num_threads(), torch.is_grad_enabled()
+
+    found = kernels.share(work, ((i, str(i)) for i in range(7)))
+    assert found == [(i, str(i), 1, False) for i in range(7)]
+    assert torch.get_num_threads() == 2
+    assert kernels.share(work, []) == []
+
+
+def test_what_goes_wrong_in_a_thread_is_heard(two_threads) -> None:
+    def work(number: int) -> None:
+        raise ArithmeticError(f"in share {number}")
+
+    with pytest.raises(ArithmeticError, match="in share 0"):
+        kernels.share(work, [(0,), (1,)])
+
+
+def test_threads_follow_inference_mode(two_threads) -> None:
+    with torch.inference_mode():
+        assert (
+            kernels.share(lambda _: torch.is_inference_mode_enabled(), [(0,), (1,)]) == [True] * 2
+        )
+
+
+def _pooled_sum(x: Tensor) -> float:
+    return float(kernels.max_pool(x)[0].sum())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_makes_its_own_threads(
+    two_threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "SMALL", 1)
+    x = torch.arange(256.0).view(1, 1, 16, 16)
+    expected = _pooled_sum(x)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_pooled_sum, (x,)).get(timeout=60) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prepared_network_with_and_without(
+    dtype: torch.dtype, two_threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(5, (64, 64, 128, 128, 128), fc_width=64, input_size=64)
+    model = DeconvNet(config).eval()
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
+    crops = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    compiled = prepare_for_inference(model, dtype)
+    kinds = [m for m in compiled.modules() if isinstance(m, WinogradConvolution) and m.compiled]
+    assert kinds
+    monkeypatch.setattr("deconvnet.deployment.compiled_kernels", lambda: None)
+    plain = prepare_for_inference(model, dtype)
+    assert not any(getattr(m, "compiled", False) for m in plain.modules())
+    monkeypatch.undo()
+    with torch.inference_mode():
+        ours, expected = compiled(crops).float(), plain(crops).float()
+    error = (ours - expected).square().mean().sqrt() / expected.std()
+    assert error < (1e-2 if dtype == torch.float32 else 3e-2)
+
+
+def test_without_numba_tensors_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name: str, *args, **kwargs):
+        if name == "deconvnet" and args[2:] and "kernels" in (args[2] or ()):
+            raise ImportError("No module named 'numba'")
+        return real(name, *args, **kwargs)
+
+    hardware.compiled_kernels.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", without)
+    try:
+        assert hardware.compiled_kernels() is None
+        x = torch.randn(2, 8, 32, 32)
+        assert torch.equal(max_pool2d_with_switches(x)[0], F.max_pool2d(x, 2))
+    finally:
+        monkeypatch.undo()
+        hardware.compiled_kernels.cache_clear()
+    assert hardware.compiled_kernels() is kernels
+
+
+def test_a_disabled_compiler_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware.compiled_kernels.cache_clear()
+    monkeypatch.setattr(kernels.numba.config, "DISABLE_JIT", 1)
+    assert hardware.compiled_kernels() is None
+    hardware.compiled_kernels.cache_clear()
