@@ -1,4 +1,4 @@
-"""Compiled loops against tensors: the same values, in every layout, alone or shared among threads."""
+"""Compiled loops against tensors: the same values, in every layout, alone or among threads."""
 
 from __future__ import annotations
 
