@@ -219,13 +219,8 @@ class _Gather(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, switches: Tensor, kernel_size: int) -> Tensor:
-        if kernels := _kernels_for(x, kernel_size):
-            gathered = kernels.gather(x, switches)
-        else:
-            first, *others = _places(x, kernel_size)
-            gathered = _keep(first, switches == 0)
-            for place, value in enumerate(others, start=1):
-                gathered += _keep(value, switches == place)
+        kernels = _kernels_for(x, kernel_size)
+        gathered = kernels.gather(x, switches) if kernels else _take(x, switches, kernel_size)
         ctx.save_for_backward(switches)
         ctx.size, ctx.kernel_size = x.shape[-2:], kernel_size
         return gathered
@@ -243,12 +238,10 @@ class _Unpool(Function):
     def forward(
         ctx, x: Tensor, switches: Tensor, size: tuple[int, int], kernel_size: int
     ) -> Tensor:
-        if kernels := _kernels_for(x, kernel_size):
-            unpooled = kernels.unpool(x, switches, size)
-        else:
-            unpooled = _zeros_like(x, size)
-            for place, values in enumerate(_places(unpooled, kernel_size)):
-                values.copy_(_keep(x, switches == place))
+        kernels = _kernels_for(x, kernel_size)
+        unpooled = (
+            kernels.unpool(x, switches, size) if kernels else _put(x, switches, size, kernel_size)
+        )
         ctx.save_for_backward(switches)
         ctx.kernel_size = kernel_size
         return unpooled
@@ -264,17 +257,8 @@ class _MaxPool(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
-        if kernels := _kernels_for(x, kernel_size):
-            pooled, switches = kernels.max_pool(x)
-        else:
-            *others, last = _places(x, kernel_size)
-            pooled = last.clone()
-            switches = torch.full_like(pooled, len(others), dtype=torch.uint8)
-            # Backwards, so that the first of equals has the last word; NaN never gives way.
-            for place, value in reversed(list(enumerate(others))):
-                stays = (value < pooled) | pooled.isnan()
-                pooled = torch.maximum(pooled, value)
-                switches = _keep(switches, stays).clamp(min=place)
+        kernels = _kernels_for(x, kernel_size)
+        pooled, switches = kernels.max_pool(x) if kernels else _find(x, kernel_size)
         ctx.save_for_backward(switches)
         ctx.mark_non_differentiable(switches)
         ctx.size, ctx.kernel_size = x.shape[-2:], kernel_size
@@ -286,8 +270,38 @@ class _MaxPool(Function):
         return _Unpool.apply(gradient, switches, ctx.size, ctx.kernel_size), None
 
 
+def _find(x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
+    """The largest value of every window, and its place."""
+    *others, last = _places(x, kernel_size)
+    pooled = last.clone()
+    switches = torch.full_like(pooled, len(others), dtype=torch.uint8)
+    # Backwards, so that the first of equal values has the last word; NaN never gives way.
+    for place, value in reversed(list(enumerate(others))):
+        stays = (value < pooled) | pooled.isnan()
+        pooled = torch.maximum(pooled, value)
+        switches = _keep(switches, stays).clamp(min=place)
+    return pooled, switches
+
+
+def _put(x: Tensor, switches: Tensor, size: tuple[int, int], kernel_size: int) -> Tensor:
+    """Zeros of that size, and in every window the value at its place."""
+    unpooled = _zeros_like(x, size)
+    for place, values in enumerate(_places(unpooled, kernel_size)):
+        values.copy_(_keep(x, switches == place))
+    return unpooled
+
+
+def _take(x: Tensor, switches: Tensor, kernel_size: int) -> Tensor:
+    """What stands at the place of every window."""
+    first, *others = _places(x, kernel_size)
+    taken = _keep(first, switches == 0)
+    for place, value in enumerate(others, start=1):
+        taken += _keep(value, switches == place)
+    return taken
+
+
 def _kernels_for(x: Tensor, kernel_size: int) -> ModuleType | None:
-    """Compiled loops that do the same for this map, if there are any."""
+    """Compiled loops that find, put and take in maps like this one, if there are any."""
     if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
         return None
     fits = kernel_size == 2 and x.element_size() in _BITS and x.numel() >= COMPILED_FROM
