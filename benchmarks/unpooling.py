@@ -4,8 +4,9 @@
 
 At the five sizes of the full network, forward and backward, in both memory layouts and, with
 ``--compile``, also through ``torch.compile``. They take turns; the best of the rounds counts.
-``library`` is what :func:`deconvnet.deployment.library_pool` makes of PyTorch's code: its places,
-narrowed to bytes, without a backward pass.
+``tensors`` are ours without compiled loops. ``library`` is what
+:func:`deconvnet.deployment.library_pool` makes of PyTorch's code: its places, narrowed to bytes,
+without a backward pass.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import json
 import math
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deconvnet import unpooling
 from deconvnet.deployment import library_pool, library_unpool
 from deconvnet.evaluation import provenance, record
-from deconvnet.hardware import choose_precision, default_device
+from deconvnet.hardware import choose_precision, compiled_kernels, default_device
 from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
 
 SIZES = ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))  # channels, side
@@ -45,6 +48,7 @@ def main() -> None:
     ways: dict[str, tuple[Callable, Callable]] = {
         "torch": (torch_pool, torch_unpool),
         "ours": (max_pool2d_with_switches, our_unpool),
+        "tensors": (max_pool2d_with_switches, our_unpool),
         "library": (library_pool, library_unpool),
     }
     if options.compile:
@@ -115,12 +119,14 @@ def compare(ways: dict[str, tuple[Callable, Callable]], x: Tensor, rounds: int) 
     seconds = {way: dict.fromkeys(found, math.inf) for way, found in calls.items()}
     names = dict.fromkeys(name for found in calls.values() for name in found)
     for _, name, way in itertools.product(range(rounds), names, ways):
-        for _ in range(REPEATS if name in calls[way] else 0):
-            start = time.perf_counter()
-            calls[way][name]()
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            seconds[way][name] = min(seconds[way][name], time.perf_counter() - start)
+        kernels = None if way == "tensors" else compiled_kernels()
+        with mock.patch.object(unpooling, "compiled_kernels", lambda found=kernels: found):
+            for _ in range(REPEATS if name in calls[way] else 0):
+                start = time.perf_counter()
+                calls[way][name]()
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                seconds[way][name] = min(seconds[way][name], time.perf_counter() - start)
     milliseconds = {
         way: {name: round(1000 * value, 4) for name, value in found.items()}
         for way, found in seconds.items()

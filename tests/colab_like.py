@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))["repository"]["url"]
 PREINSTALLED = (
     "torch", "torchvision", "numpy", "matplotlib", "opencv-contrib-python", "pillow", "scipy",
-    "scikit-image", "tqdm", "ipykernel", "ipywidgets",
+    "scikit-image", "tqdm", "ipykernel", "ipywidgets", "numba",
 )  # fmt: skip
 """Of what Colab brings, the packages that chapters use or that are costly to install."""
 
