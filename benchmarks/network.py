@@ -111,7 +111,7 @@ def main() -> None:
     layers = {name: parts_of(steps[name], crops[:10]) for name in dict.fromkeys(uniform)}
     trained = load_model(pretrained("shapes-deconvnet"), device).eval()
     accuracy = {
-        "trained, tiny": accuracy_of(trained, natural_crops(50, 64).to(device), best_dtype),
+        "trained, tiny": accuracy_of(trained, natural_crops(400, 64).to(device), best_dtype),
         f"random, {options.recipe}": accuracy_of(model, crops[:10], best_dtype),
     }
     baseline = seconds["plain port"]

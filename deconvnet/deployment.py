@@ -15,8 +15,8 @@ rewrites a copy of it by seven rules, none of which changes what it computes but
    them where a map has many channels.
 6. *Loops pass over memory once*, compiled by Numba where that is installed: pooling, unpooling and
    Winograd's sums. Each processor core takes its own crops through a block.
-7. *Sixteen bits are enough* for weights and activations where the hardware multiplies them, but for
-   those that choose switches: a value that lands one pixel away is a large error.
+7. *Sixteen bits are enough* where the hardware multiplies them, but for two choices. The encoder
+   chooses switches, and a value that lands one pixel away is a large error; scores choose labels.
 
 The last trades exactness for speed; the others are safe. Rules 4 to 6 are for CPUs only: a GPU's
 libraries do the like on their own.
@@ -25,6 +25,7 @@ libraries do the like on their own.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -58,15 +59,16 @@ def prepare_for_inference(
     Args:
         model: A :class:`~deconvnet.model.DeconvNet` or :class:`~deconvnet.fcn.FCN8s`.
         dtype: What the copy computes in: ``float32``, or ``bfloat16`` or ``float16`` where the
-            hardware has it. Its scores come back in this type.
-        encoder_dtype: What a DeconvNet's encoder computes in, which chooses the switches. By
-            default ``dtype`` on a GPU and at least ``float32`` on a CPU, where rules 5 and 6 make
-            up for most of the difference.
+            hardware has it.
+        encoder_dtype: What a DeconvNet's encoder and score layer compute in. By default ``dtype``
+            on a GPU and at least ``float32`` on a CPU, where rules 5 and 6 make up for most of the
+            difference.
         rules: 3, 4 or 5 to leave out the rules from the next to 6: to see what each is worth.
 
     Returns:
         A network that is called as ``model`` is, in evaluation mode, channels-last, without
-        gradients. In float32 its scores are ``model``'s but for rounding.
+        gradients. In float32 its scores are ``model``'s but for rounding. A DeconvNet's come back
+        in ``encoder_dtype``, an FCN's in ``dtype``.
 
     Raises:
         TypeError: A dtype is not floating.
@@ -90,14 +92,18 @@ def prepare_for_inference(
         fast.fc6_deconv[0] = DeconvolutionToAll(fast.fc6_deconv[0])
     _replace(fast, nn.ConvTranspose2d, lambda d: as_convolution(d) if d.stride == (1, 1) else d)
     for name, part in fast.named_children():
-        part_dtype = encoder_dtype if name == "encoder" else dtype
+        chooses = name in ("encoder", "score") and isinstance(fast, DeconvNet)
+        part_dtype = encoder_dtype if chooses else dtype
         if on_cpu and rules >= 5:
             _replace(part, nn.Conv2d, lambda c, d=part_dtype: winograd(c, d, compiled))
         if name != "normalise":  # that computes in float32: 255 - 123.675 has more than 8 bits
             part.to(part_dtype, memory_format=torch.channels_last)
+    if compiled:
+        _fuse_relu(fast)
     fast.normalise = nn.Sequential(fast.normalise.float(), CastTo(encoder_dtype))
     if isinstance(fast, DeconvNet):
         fast.fc6.insert(0, CastTo(dtype))
+        fast.score = nn.Sequential(CastTo(encoder_dtype), fast.score)
         if on_cpu and rules >= 4:
             widths, side = fast.config.widths, fast.config.input_size
             share = torch.get_num_threads() if compiled else 1  # of the cache, for each thread
@@ -193,6 +199,16 @@ def _replace(module: nn.Module, kind: type, other: Callable[[nn.Module], nn.Modu
             setattr(module, name, other(child))
         else:
             _replace(child, kind, other)
+
+
+def _fuse_relu(module: nn.Module) -> None:
+    """Lets compiled convolutions do the ReLU that follows them, while they write their output."""
+    for child in module.modules():
+        if isinstance(child, nn.Sequential) and len(child) == 2:
+            layer, activation = child
+            if getattr(layer, "compiled", False) and isinstance(activation, nn.ReLU):
+                layer.least = 0.0
+                del child[1]
 
 
 def as_convolution(deconvolution: nn.ConvTranspose2d) -> nn.Conv2d:
@@ -298,14 +314,16 @@ class DecoderInParts(nn.Module):
 
     def forward(self, x: Tensor, switches: list[Tensor]) -> Tensor:
         """Returns the scores of what :meth:`deconvnet.model.Decoder.forward` gives."""
-        return _joined(_in_groups(self._decode, (x, *switches), self.compiled))
+        groups = _in_groups(self._decode, (x, *switches), self.compiled)
+        return _joined([part for group in groups for part in group])
 
-    def _decode(self, x: Tensor, *switches: Tensor) -> Tensor:
+    def _decode(self, x: Tensor, *switches: Tensor) -> list[Tensor]:
         unpool = compiled_kernels().unpool if self.compiled else library_unpool
+        parts = [x]
         for block, where, count in zip(self.blocks, reversed(switches), reversed(self.at_once)):
-            parts = zip(x.split(count), where.split(count))
-            x = _joined([block(unpool(part, places)) for part, places in parts])
-        return x
+            pairs = zip(_joined(parts).split(count), where.split(count))
+            parts = [block(unpool(part, places)) for part, places in pairs]
+        return parts
 
 
 def _in_groups(work: Callable, maps: tuple[Tensor, ...], shared: bool) -> list:
@@ -433,6 +451,7 @@ class WinogradConvolution(nn.Module):
     def __init__(self, convolution: nn.Conv2d, tile: int, compiled: bool = False) -> None:
         super().__init__()
         self.tile, self.compiled = tile, compiled
+        self.least = -math.inf  # with compiled loops: outputs below are raised to it
         self.inwards, kernels, self.outwards = _WINOGRAD[tile]
         weight = convolution.weight.detach()
         g = torch.tensor(kernels, dtype=torch.float64, device=weight.device)
@@ -475,11 +494,17 @@ class WinogradConvolution(nn.Module):
         def convolve(crops: slice, first: int, last: int) -> None:
             xs, ys = x[crops].numpy(), y[crops].numpy()
             places = 6, 6, len(xs), last - first, columns
-            tiles = x.new_empty(*places, x.shape[3])
+            tiles = kernels.scratch("tiles", (*places, x.shape[3]), x.dtype)
             kernels.winograd_inwards(xs, inwards, 4 * first, tiles.numpy())
-            products = torch.bmm(tiles.view(36, -1, x.shape[3]), self.matrices)
-            products = products.view(*places, -1).numpy()
-            kernels.winograd_outwards(products, outwards, bias.numpy(), 4 * first, ys)
+            products = kernels.scratch("products", (*places, y.shape[3]), x.dtype)
+            torch.bmm(
+                tiles.flatten(0, 1).flatten(1, 3), self.matrices,
+                out=products.flatten(0, 1).flatten(1, 3),
+            )  # fmt: skip
+            least = ys.dtype.type(self.least)  # of another type it would widen all the sums
+            kernels.winograd_outwards(
+                products.numpy(), outwards, bias.numpy(), least, 4 * first, ys
+            )
 
         # the matrices are read again for each strip, so they want a large one where they are large
         size = max(STRIP_BYTES, self.matrices.nbytes // 2)

@@ -15,7 +15,9 @@ channels, in the second those of a row. So there are two loops for each task.
 from __future__ import annotations
 
 import functools
+import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -276,13 +278,14 @@ def winograd_inwards(x, matrix, first, tiles):
 
 
 @_sums
-def winograd_outwards(products, matrix, bias, first, y):
+def winograd_outwards(products, matrix, bias, least, first, y):
     """Combines the products of each tile to 4 x 4 outputs.
 
     Args:
         products: ``[6, 6, N, rows, columns, D]``.
         matrix: ``[4, 6]``, applied to the rows and then to the columns of every tile.
         bias: ``[D]``, is added to each output.
+        least: Outputs below are raised to it: 0 for a ReLU, minus infinity for none.
         first: The output row with which the first row of tiles begins.
         y: ``[N, H, W, D]``, is filled from there on; what a tile has beyond it is left out.
     """
@@ -307,7 +310,7 @@ def winograd_outwards(products, matrix, bias, first, y):
                     for q in range(min(4, width - 4 * j)):
                         a, b, c, d, e, f = matrix[q]
                         for k in range(channels):
-                            y[n, first + 4 * i + p, 4 * j + q, k] = (
+                            value = (
                                 bias[k]
                                 + a * mixed[0, k]
                                 + b * mixed[1, k]
@@ -316,9 +319,33 @@ def winograd_outwards(products, matrix, bias, first, y):
                                 + e * mixed[4, k]
                                 + f * mixed[5, k]
                             )
+                            value = least if value < least else value  # NaN stays
+                            y[n, first + 4 * i + p, 4 * j + q, k] = value
 
 
 # --- threads ----------------------------------------------------------------------------------
+
+_kept = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for what is needed only for a moment: each thread keeps it for the next time.
+
+    Large pieces that are given back and asked for again are cleared by the operating system each
+    time, which takes longer than to use them.
+
+    Args:
+        name: Of the piece; the next call with this name reuses it.
+        shape: Of the tensor.
+        dtype: Of the tensor, whose content is arbitrary.
+    """
+    size = math.prod(shape)
+    kept = getattr(_kept, name, None)
+    if kept is None or kept.dtype != dtype or len(kept) < size:
+        with torch.inference_mode(False):  # of use in that mode and out of it
+            kept = torch.empty(size, dtype=dtype)
+        setattr(_kept, name, kept)
+    return kept[:size].view(shape)
 
 
 def share(work: Callable, pieces: Iterable[tuple]) -> list:

@@ -112,8 +112,8 @@ def test_bfloat16_gives_nearly_the_same_labels() -> None:
     with torch.no_grad():
         expected = model(crops).argmax(1)
         scores = prepare_for_inference(model, torch.bfloat16)(crops)
-    assert scores.dtype == torch.bfloat16
-    assert (scores.argmax(1) == expected).float().mean() > 0.97
+    assert scores.dtype == torch.float32  # what chooses labels keeps its bits
+    assert (scores.argmax(1) == expected).float().mean() > 0.995
 
 
 def test_a_dtype_that_is_not_floating_is_refused() -> None:

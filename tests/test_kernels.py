@@ -137,8 +137,29 @@ def test_winograds_loops_as_plain_python() -> None:
     products = torch.bmm(torch.from_numpy(tiles).view(36, -1, 2), layer.matrices)
     products = products.view(6, 6, 1, 2, 3, 3).numpy()
     matrix, bias = np.array(layer.outwards, float), convolution.bias.numpy()
-    kernels.winograd_outwards.py_func(products, matrix, bias, 0, y)
+    kernels.winograd_outwards.py_func(products, matrix, bias, -np.inf, 0, y)
     np.testing.assert_allclose(y, convolution(x).permute(0, 2, 3, 1).numpy(), atol=1e-12)
+
+
+def test_scratch_is_kept_by_each_thread_and_of_use_in_every_mode() -> None:
+    with torch.inference_mode():
+        first = kernels.scratch("test", (4, 5), torch.float32)
+    again = kernels.scratch("test", (2, 3), torch.float32)
+    assert again.data_ptr() == first.data_ptr()
+    torch.mul(torch.ones(2, 3), 2, out=again)  # an inference tensor would refuse
+    assert kernels.scratch("test", (6, 5), torch.float32).shape == (6, 5)
+    assert kernels.scratch("test", (4,), torch.float64).dtype == torch.float64
+
+
+def test_a_relu_is_done_on_the_way_out() -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    layer = WinogradConvolution(convolution, 4, compiled=True)
+    layer.least = 0.0
+    x = torch.randn(1, 8, 9, 9)
+    torch.testing.assert_close(layer(x), convolution(x).relu(), atol=2e-5, rtol=1e-4)
+    x[0, 0, 0, 0] = torch.nan
+    assert layer(x)[0, :, 0, 0].isnan().all()
 
 
 @pytest.fixture
