@@ -67,8 +67,9 @@ def prepare_for_inference(
 
     Returns:
         A network that is called as ``model`` is, in evaluation mode, channels-last, without
-        gradients. In float32 its scores are ``model``'s but for rounding. A DeconvNet's come back
-        in ``encoder_dtype``, an FCN's in ``dtype``.
+        gradients; not under autocast, since its layers have their precision already. In float32
+        its scores are ``model``'s but for rounding. A DeconvNet's come back in ``encoder_dtype``,
+        an FCN's in ``dtype``.
 
     Raises:
         TypeError: A dtype is not floating.

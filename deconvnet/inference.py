@@ -499,7 +499,9 @@ def _run(model: nn.Module, images: Tensor, precision: str) -> Tensor:
             "the network is in training mode, where batch norm depends on the other crops of the "
             "batch; call model.eval() first"
         )
-    with autocast(images.device, choose_precision(precision, images.device)):
+    prepared = getattr(model, "prepared", False)  # then its layers have their precision already
+    dtype = torch.float32 if prepared else choose_precision(precision, images.device)
+    with autocast(images.device, dtype):
         scores = model(images)
     if scores.ndim != 4 or scores.shape[1] != model.config.num_classes:
         raise ValueError(

@@ -648,6 +648,26 @@ def test_prepared_networks_and_others_are_taken_as_they_are():
         assert not predictor._prepared
 
 
+def test_sixteen_bits_on_a_cpu_leave_switches_and_scores_alone():
+    """Wide enough for every rule; autocast must not touch what has its precision already."""
+    torch.manual_seed(0)
+    sizes = {"widths": (64, 64, 128, 256, 256), "fc_width": 64, "input_size": 64}
+    model = DeconvNet(ModelConfig(3, **sizes)).eval()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            torch.nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
+    image = make_scene(seed=5).image
+    scores = {}
+    for precision in ("float32", "bfloat16"):
+        config = InferenceConfig(num_proposals=3, precision=precision)
+        predictor = Predictor(model, config=config, crf=None, device="cpu")
+        scores[precision] = predictor(image).deconvnet_scores
+        assert scores[precision].dtype == torch.float32
+    exact, short = scores.values()
+    error = (exact - short).square().mean().sqrt() / exact.std()
+    assert 0 < error < 0.03
+
+
 def test_files_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match="shapes-fcn.safetensors: expected a DeconvNet, but"):
         Predictor.from_files(pretrained("shapes-fcn"))
