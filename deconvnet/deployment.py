@@ -41,6 +41,9 @@ CACHE_BYTES = 2**24
 """A map of this size stays in a processor's last cache, and its memory is used again: far larger
 ones go back to the operating system each time, which has to clear them before the next."""
 
+LARGE = 2**20
+"""Values of a crop's first map from which on it pays that each thread takes its own crops."""
+
 GROUP = 8
 """At most so many crops a thread takes through all blocks where loops are compiled."""
 
@@ -107,11 +110,12 @@ def prepare_for_inference(
         fast.score = nn.Sequential(CastTo(encoder_dtype), fast.score)
         if on_cpu and rules >= 4:
             widths, side = fast.config.widths, fast.config.input_size
-            share = torch.get_num_threads() if compiled else 1  # of the cache, for each thread
-            at_once = crops_at_once(widths, side, encoder_dtype, share)
-            fast.encoder = EncoderInParts(fast.encoder, at_once, compiled)
-            at_once = crops_at_once(widths, side, dtype, share)
-            fast.decoder = DecoderInParts(fast.decoder, fast.score, at_once, compiled)
+            shared = compiled and widths[0] * side**2 >= LARGE
+            threads = torch.get_num_threads() if shared else 1  # each has a share of the cache
+            at_once = crops_at_once(widths, side, encoder_dtype, threads)
+            fast.encoder = EncoderInParts(fast.encoder, at_once, compiled, shared)
+            at_once = crops_at_once(widths, side, dtype, threads)
+            fast.decoder = DecoderInParts(fast.decoder, fast.score, at_once, compiled, shared)
             fast.score = nn.Identity()  # the decoder's last block does it, part by part
     return fast
 
@@ -275,15 +279,23 @@ class EncoderInParts(nn.Module):
         encoder: What it computes.
         at_once: Crops for each block, from the image down.
         compiled: Whether to use :mod:`deconvnet.kernels`.
+        shared: Whether each thread takes its own crops.
     """
 
-    def __init__(self, encoder: Encoder, at_once: Sequence[int], compiled: bool = False) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        at_once: Sequence[int],
+        compiled: bool = False,
+        shared: bool = False,
+    ) -> None:
         super().__init__()
-        self.blocks, self.at_once, self.compiled = encoder.blocks, at_once, compiled
+        self.blocks, self.at_once = encoder.blocks, at_once
+        self.compiled, self.shared = compiled, shared
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the deepest pooled map alone in its list, and the switches of all five."""
-        deepest, *switches = map(_joined, zip(*_in_groups(self._encode, (x,), self.compiled)))
+        deepest, *switches = map(_joined, zip(*_in_groups(self._encode, (x,), self.shared)))
         return [deepest], switches
 
     def _encode(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -303,19 +315,25 @@ class DecoderInParts(nn.Module):
         score: The layer after it.
         at_once: Crops for each block, from the image down.
         compiled: Whether to use :mod:`deconvnet.kernels`.
+        shared: Whether each thread takes its own crops.
     """
 
     def __init__(
-        self, decoder: Decoder, score: nn.Module, at_once: Sequence[int], compiled: bool = False
+        self,
+        decoder: Decoder,
+        score: nn.Module,
+        at_once: Sequence[int],
+        compiled: bool = False,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         *others, last = decoder.blocks
         self.blocks = nn.ModuleList([*others, nn.Sequential(last, score)])
-        self.at_once, self.compiled = at_once, compiled
+        self.at_once, self.compiled, self.shared = at_once, compiled, shared
 
     def forward(self, x: Tensor, switches: list[Tensor]) -> Tensor:
         """Returns the scores of what :meth:`deconvnet.model.Decoder.forward` gives."""
-        groups = _in_groups(self._decode, (x, *switches), self.compiled)
+        groups = _in_groups(self._decode, (x, *switches), self.shared)
         return _joined([part for group in groups for part in group])
 
     def _decode(self, x: Tensor, *switches: Tensor) -> list[Tensor]:

@@ -211,9 +211,10 @@ def test_a_forked_process_makes_its_own_threads(
         assert pool.apply_async(_pooled_sum, (x,)).get(timeout=60) == expected
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prepared_network_with_and_without(
-    dtype: torch.dtype, two_threads, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, shared: bool, two_threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     config = ModelConfig(5, (64, 64, 128, 128, 128), fc_width=64, input_size=64)
@@ -222,6 +223,7 @@ def test_a_prepared_network_with_and_without(
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
     crops = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    monkeypatch.setattr("deconvnet.deployment.LARGE", 1 if shared else 10**9)
     compiled = prepare_for_inference(model, dtype)
     kinds = [m for m in compiled.modules() if isinstance(m, WinogradConvolution) and m.compiled]
     assert kinds
