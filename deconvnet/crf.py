@@ -282,7 +282,7 @@ def _filter(method: str, features: Tensor) -> Filter:
     if method == "exact":
         return ExactFilter(features)
     if method == "original":
-        return PermutohedralLattice(features, own_scale=False)
+        return PermutohedralLattice(features, original=True)
     return lattice_filter(features)
 
 

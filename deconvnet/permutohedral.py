@@ -92,6 +92,38 @@ def _round_down(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return multiples.long(), ordered & 2**bits - 1, weights
 
 
+def _round_as_the_original(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_round_down`, from features, as the code of Krähenbühl and Koltun does it.
+
+    A point on the border of two simplices may go to either: its weights are the same. But vertices
+    exist only where a point touches them, and what a missing one would have passed on is lost to
+    the sums. Pixels are a grid, with many such points; so for the original's sums to the last
+    digits this computes in its precision and order, and settles ties as it does.
+    """
+    side = features.shape[1] + 1
+    number = torch.arange(1, side, dtype=torch.float64)
+    length = torch.tensor(side * math.sqrt(2 / 3), dtype=torch.float32).double()
+    scale = (length / (number * (number + 1)).sqrt()).to(features.device, torch.float32)
+    scaled = features.float().T * scale[:, None]
+    total, points = torch.zeros_like(scaled[0]), []
+    for i in range(side - 1, 0, -1):  # the rows of `embedding`, the last one first
+        points.append(total - i * scaled[i - 1])
+        total = total + scaled[i - 1]
+    points = torch.stack([total, *reversed(points)])
+
+    inverse = torch.tensor(1 / side, dtype=torch.float32).to(points)
+    multiples = (points * inverse).round()  # the nearest ones, whose sum may not be zero
+    excess = multiples.sum(dim=0).long()
+    falling = (points - side * multiples).argsort(dim=0, descending=True, stable=True)
+    rank = falling.argsort(dim=0) + excess
+    multiples -= rank.div(side, rounding_mode="floor")  # who stands beyond either end goes round
+    turn = torch.arange(side, device=points.device)[:, None]
+    order = falling.gather(0, (side - 1 - turn - excess) % side)
+    rising = ((points - side * multiples) * inverse).gather(0, order)
+    weights = torch.cat([1 + rising[:1] - rising[-1:], rising.diff(dim=0)])
+    return multiples.long(), order, weights.to(features.dtype)
+
+
 class PermutohedralLattice:
     """Approximate Gaussian filter over fixed points, built once and applied to many values.
 
@@ -101,8 +133,8 @@ class PermutohedralLattice:
 
     Args:
         features: float ``[N, d]``, each feature divided by its standard deviation.
-        own_scale: ``False`` for the original's scale, ``1 / (1 + 2^-d)`` for every point, as in
-            the code of Krähenbühl and Koltun.
+        original: Whether to give the very sums of Krähenbühl and Koltun's code: with its scale,
+            ``1 / (1 + 2^-d)`` for every point, and its rounding.
 
     Attributes:
         num_vertices: number ``M`` of lattice vertices that touch a point.
@@ -118,7 +150,7 @@ class PermutohedralLattice:
             widely that vertices do not fit into 64-bit keys.
     """
 
-    def __init__(self, features: Tensor, own_scale: bool = True) -> None:
+    def __init__(self, features: Tensor, original: bool = False) -> None:
         if features.ndim != 2 or not features.is_floating_point() or features.numel() == 0:
             raise ValueError(
                 "features must be a non-empty float tensor [N, d], "
@@ -126,14 +158,17 @@ class PermutohedralLattice:
             )
         if not torch.stack(features.aminmax()).isfinite().all():  # NaN is every extreme
             raise ValueError("features must be finite, got NaN or infinity")
-        # In double precision: a reduced one, which PyTorch can be set to for products of matrices,
-        # would move points to other simplices.
-        matrix = embedding(features.shape[1]).to(features.device)
-        points = (matrix @ features.T.double()).to(features.dtype)
-        side = len(points)
-        multiples, order, barycentric = _round_down(points)
+        side = features.shape[1] + 1
+        if original:
+            multiples, order, barycentric = _round_as_the_original(features)
+        else:
+            # In double precision: a reduced one, which PyTorch can be set to for products of
+            # matrices, would move points to other simplices.
+            matrix = embedding(side - 1).to(features.device)
+            points = (matrix @ features.T.double()).to(features.dtype)
+            multiples, order, barycentric = _round_down(points)
         self.weights = barycentric.T.contiguous()
-        own = _self_weight(self.weights) if own_scale else torch.tensor(1 + 2.0 ** (1 - side))
+        own = torch.tensor(1 + 2.0 ** (1 - side)) if original else _self_weight(self.weights)
         self.weights /= own.to(self.weights).sqrt()
 
         # Steps along all directions but the last are a basis of the lattice, and the last undoes

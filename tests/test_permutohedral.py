@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deconvnet.permutohedral import (
     PermutohedralLattice,
     ThinnedLattice,
+    _round_as_the_original,
     embedding,
     enclosing_simplex,
     lattice_filter,
@@ -319,3 +320,45 @@ def test_gradient_flows_to_values():
 def test_bad_features_are_refused(features, message):
     with pytest.raises(ValueError, match=message):
         PermutohedralLattice(features)
+
+
+# --- the original's rounding -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3, 5])
+def test_the_originals_simplex_is_the_same_one(dimensions):
+    """Where no coordinates are equal; in single precision."""
+    features = random_points(200, dimensions, scale=5.0)
+    points = features @ embedding(dimensions).T
+    multiples, order, weights = _round_as_the_original(features)
+    side = dimensions + 1
+    corners = (multiples * side - multiples.sum(dim=0)).T.numpy()
+    for point, corner, pays, shares in zip(points.numpy(), corners, order.T, weights.T):
+        found = {}
+        for step, share in zip(pays.tolist(), shares.tolist()):
+            found[tuple(corner)] = share
+            corner = corner + 1
+            corner[step] -= side
+        expected = reference_corners(point)
+        assert found.keys() == expected.keys()
+        for key, share in found.items():
+            assert share == pytest.approx(expected[key], abs=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 3.0, 80.0])
+def test_a_grids_points_lie_in_the_originals_simplices(sigma):
+    """Many lie on borders, where several simplices would do."""
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")
+    features = torch.stack([x.flatten(), y.flatten()], dim=1) / sigma
+    multiples, order, weights = _round_as_the_original(features)
+    assert weights.min() > -1e-5
+    torch.testing.assert_close(weights.sum(dim=0), torch.ones(2000), atol=1e-5, rtol=0)
+    assert (order.sort(dim=0).values == torch.arange(3)[:, None]).all()  # each pays once
+    corner = multiples * 3 - multiples.sum(dim=0)
+    point = torch.zeros_like(weights)
+    for pays, share in zip(order, weights):
+        point += share * corner
+        corner = corner + 1
+        corner.scatter_add_(0, pays[None], torch.full_like(pays[None], -3))
+    expected = embedding(2) @ features.T.double()
+    torch.testing.assert_close(point.double(), expected, atol=1e-3, rtol=1e-5)
