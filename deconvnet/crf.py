@@ -238,9 +238,9 @@ def pairwise_kernels(
         config: kernel widths, weights and normalisation.
         method: ``"exact"`` sums over all pairs; ``"lattice"`` filters the bilateral kernel on the
             permutohedral lattice and the Gaussian one on the grid; ``"auto"`` is exact up to
-            ``MAX_EXACT_PIXELS``. ``"original"`` filters both on the lattice with the scale of the
-            2011 code, whose sums come out at about 0.88 and half of the exact ones: for weights
-            that were tuned there without normalisation.
+            ``MAX_EXACT_PIXELS``. ``"original"`` filters both on the lattice with the scale and
+            the rounding of the 2011 code, whose sums come out at about 0.88 and half of the exact
+            ones: for weights that were tuned there without normalisation.
         dtype: floating-point type of the values to filter.
         weights: float ``[2]``, the Gaussian and the bilateral kernel's weight, to be learned; those
             of ``config`` by default.

@@ -14,7 +14,8 @@
 Normalised kernels, the default, are computed as everywhere in this package: exactly up to
 ``MAX_EXACT_PIXELS``, and nearer to exact sums than pydensecrf's beyond. Without normalisation,
 pydensecrf's sums come out at about 0.88 (Gaussian) and half (bilateral) of exact ones. There a
-``compat`` that was tuned with it needs the same sums, so ``NO_NORMALIZATION`` computes those.
+``compat`` that was tuned with it needs the same sums, so ``NO_NORMALIZATION`` computes those, in
+the same precision and order.
 
 Widths may be given as in pydensecrf's own examples, ``sxy=(80, 80)``, if they are equal. What is
 absent: unequal ones, compatibilities other than Potts, ``DenseCRF`` on anything but an image, and
