@@ -11,7 +11,7 @@ rewrites a copy of it by seven rules, none of which changes what it computes but
    once, and its mirror image draws the whole of it.
 4. *Maps stay in the cache.* Each block takes only as many crops at once as its maps fit there,
    and the library's own pooling and unpooling, with eight bytes a place, work on such a part.
-5. *Neighbouring outputs share multiplications*: :class:`WinogradConvolution` needs a quarter of
+5. *Neighbouring outputs share multiplications*: :mod:`deconvnet.winograd` needs a quarter of
    them where a map has many channels.
 6. *Loops pass over memory once*, compiled by Numba where that is installed: pooling, unpooling and
    Winograd's sums. Each processor core takes its own crops through a block.
@@ -25,8 +25,7 @@ libraries do the like on their own.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +34,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from deconvnet.hardware import compiled_kernels
 from deconvnet.model import Decoder, DeconvNet, Encoder
-from deconvnet.unpooling import unpool2d
-
-CACHE_BYTES = 2**24
-"""A map of this size stays in a processor's last cache, and its memory is used again: far larger
-ones go back to the operating system each time, which has to clear them before the next."""
+from deconvnet.unpooling import _window_corners, unpool2d
+from deconvnet.winograd import CACHE_BYTES, winograd
 
 LARGE = 2**20
-"""Values of a crop's first map from which on it pays that each thread takes its own crops."""
+"""Values of a crop's first map from which on it pays that threads work on separate crops."""
 
 GROUP = 8
-"""At most so many crops a thread takes through all blocks where loops are compiled."""
-
-STRIP_BYTES = 2**21
-"""As many bytes of tiles a core takes at once where loops are compiled."""
+"""The largest number of crops that one thread takes through all blocks."""
 
 
 def prepare_for_inference(
@@ -66,7 +59,7 @@ def prepare_for_inference(
         encoder_dtype: What a DeconvNet's encoder and score layer compute in. By default ``dtype``
             on a GPU and at least ``float32`` on a CPU, where rules 5 and 6 make up for most of the
             difference.
-        rules: 3, 4 or 5 to leave out the rules from the next to 6: to see what each is worth.
+        rules: 3, 4 or 5 leaves out the rules from the next to 6, to see what each is worth.
 
     Returns:
         A network that is called as ``model`` is, in evaluation mode, channels-last, without
@@ -76,8 +69,10 @@ def prepare_for_inference(
 
     Raises:
         TypeError: A dtype is not floating.
-        ValueError: ``model`` has been prepared already.
+        ValueError: ``model`` has been prepared already, or ``rules`` is not from 3 to 6.
     """
+    if rules not in range(3, 7):
+        raise ValueError(f"rules must be 3, 4, 5 or 6, got {rules}")
     if getattr(model, "prepared", False):
         raise ValueError("the network is prepared already; prepare the one that was trained")
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -371,7 +366,7 @@ def library_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     pooled, indices = F.max_pool2d(x, 2, return_indices=True)
     # 0, 1, W or W + 1; the rest of an int64 is of no interest, so two of its bytes are enough
-    offset = indices.to(torch.int16) - _corners(pooled, x.shape[-1]).to(torch.int16)
+    offset = indices.to(torch.int16) - _window_corners(pooled, x.shape[-1], 2).to(torch.int16)
     return pooled, (offset & 1).to(torch.uint8) + 2 * (offset > 1).view(torch.uint8)
 
 
@@ -386,183 +381,8 @@ def library_unpool(x: Tensor, switches: Tensor) -> Tensor:
         return unpool2d(x, switches, check_range=False)  # PyTorch says that its own is not
     width = 2 * x.shape[-1]
     offset = (switches >> 1).to(torch.int16) * width + (switches & 1)
-    return F.max_unpool2d(x, offset.long().add_(_corners(x, width)), 2)
-
-
-def _corners(pooled: Tensor, width: int) -> Tensor:
-    """``int64 [h, w]``: index of each window's first value in a map ``width`` wide."""
-    rows, columns = (2 * torch.arange(side, device=pooled.device) for side in pooled.shape[-2:])
-    return rows[:, None] * width + columns
+    return F.max_unpool2d(x, offset.long().add_(_window_corners(x, width, 2)), 2)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-# --- rule 5: fewer multiplications ------------------------------------------------------------
-
-# The matrices of F(m x m, 3 x 3): Lavin and Gray, "Fast Algorithms for Convolutional Neural
-# Networks", 2015, sections 4.1 and 4.2. By tile size: of the input, of the kernel, of the output.
-_WINOGRAD = {
-    2: (
-        [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
-        [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
-        [[1, 1, 1, 0], [0, 1, -1, -1]],
-    ),
-    4: (
-        [
-            [4, 0, -5, 0, 1, 0],
-            [0, -4, -4, 1, 1, 0],
-            [0, 4, -4, -1, 1, 0],
-            [0, -2, -1, 2, 1, 0],
-            [0, 2, -1, -2, 1, 0],
-            [0, 4, 0, -5, 0, 1],
-        ],
-        [
-            [1 / 4, 0, 0],
-            [-1 / 6, -1 / 6, -1 / 6],
-            [-1 / 6, 1 / 6, -1 / 6],
-            [1 / 24, 1 / 12, 1 / 6],
-            [1 / 24, -1 / 12, 1 / 6],
-            [0, 0, 1],
-        ],
-        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
-    ),
-}
-
-
-def winograd(
-    convolution: nn.Conv2d, dtype: torch.dtype, compiled: bool = False
-) -> nn.Conv2d | WinogradConvolution:
-    """The convolution by Winograd's way if that is faster on a CPU, else the convolution.
-
-    The way there and back costs the same for each channel, what it saves grows with the number
-    of channels: it pays from 128 on (from 64 on where loops are compiled), in 16 bits (where
-    multiplying is cheap) from 256 on. In 16 bits the larger tile would round too coarsely.
-    """
-    c = convolution
-    shape = c.kernel_size, c.stride, c.padding, c.dilation, c.groups
-    fits = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and c.padding_mode == "zeros"
-    full = dtype.itemsize >= 4
-    pays_from = (64 if compiled else 128) if full else 256
-    if not fits or min(c.in_channels, c.out_channels) < pays_from:
-        return c
-    return WinogradConvolution(c, 4, compiled) if full else WinogradConvolution(c, 2)
-
-
-class WinogradConvolution(nn.Module):
-    """A 3 x 3 convolution with fewer multiplications, after Winograd.
-
-    Directly, ``m x m`` outputs of one channel take ``9 m^2`` multiplications for each input
-    channel. Here sums and differences of the ``(m + 2) x (m + 2)`` inputs under them are multiplied
-    with as many sums and differences of the kernel (once for good), and the products are combined
-    to outputs: ``(m + 2)^2`` multiplications, 36 in place of 144 for ``m = 4``. At each of the
-    ``(m + 2)^2`` positions that is one matrix product over channels.
-
-    Source: Lavin and Gray, 2015, arXiv:1509.09308.
-
-    Args:
-        convolution: 3 x 3, stride 1, padding 1 (zeros), one group.
-        tile: ``m``, 2 or 4. A larger tile saves more and rounds more coarsely.
-        compiled: Whether to use :mod:`deconvnet.kernels`, which knows tiles of 4 only.
-    """
-
-    def __init__(self, convolution: nn.Conv2d, tile: int, compiled: bool = False) -> None:
-        super().__init__()
-        self.tile, self.compiled = tile, compiled
-        self.least = -math.inf  # with compiled loops: outputs below are raised to it
-        self.inwards, kernels, self.outwards = _WINOGRAD[tile]
-        weight = convolution.weight.detach()
-        g = torch.tensor(kernels, dtype=torch.float64, device=weight.device)
-        matrices = torch.einsum("ia,jb,ocab->ijco", g, g, weight.double()).flatten(0, 1)
-        self.matrices = nn.Parameter(matrices.to(weight.dtype).contiguous(), requires_grad=False)
-        self.bias = convolution.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns ``[N, D, H, W]``, channels-last, for ``x`` of ``[N, C, H, W]``."""
-        m = self.tile
-        number, _, height, width = x.shape
-        rows, columns = -(-height // m), -(-width // m)  # of tiles, the last ones filled up
-        x = x.permute(0, 2, 3, 1).contiguous()
-        if self.compiled:
-            return self._compiled(x, rows, columns)
-        x = F.pad(x, (0, 0, 1, m * columns + 1 - width, 1, m * rows + 1 - height))
-        y = x.new_empty(number, m * rows, m * columns, self.matrices.shape[2])
-        crops, strip = self._at_once(rows, columns, CACHE_BYTES)
-        for xs, ys in zip(x.split(crops), y.split(crops)):
-            for top in range(0, m * rows, m * strip):
-                bottom = min(top + m * strip, m * rows)
-                self._convolve(xs[:, top : bottom + 2], ys[:, top:bottom])
-        return (
-            y[:, :height, :width].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        )
-
-    def _at_once(self, rows: int, columns: int, size: int) -> tuple[int, int]:
-        """Crops, and rows of tiles of each, whose tiles have at most ``size`` bytes."""
-        numbers = max(self.matrices.shape[1:]) * len(self.matrices) * columns
-        count = max(1, size // (numbers * self.matrices.element_size()))
-        return max(1, count // rows), min(count, rows)
-
-    def _compiled(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """The same with compiled loops, for ``x`` of ``[N, H, W, C]``."""
-        kernels = compiled_kernels()
-        y = x.new_empty(*x.shape[:3], self.matrices.shape[2])
-        bias = torch.zeros_like(y[0, 0, 0]) if self.bias is None else self.bias
-        inwards, outwards = (bias.new_tensor(m).numpy() for m in (self.inwards, self.outwards))
-
-        def convolve(crops: slice, first: int, last: int) -> None:
-            xs, ys = x[crops].numpy(), y[crops].numpy()
-            places = 6, 6, len(xs), last - first, columns
-            tiles = kernels.scratch("tiles", (*places, x.shape[3]), x.dtype)
-            kernels.winograd_inwards(xs, inwards, 4 * first, tiles.numpy())
-            products = kernels.scratch("products", (*places, y.shape[3]), x.dtype)
-            torch.bmm(
-                tiles.flatten(0, 1).flatten(1, 3), self.matrices,
-                out=products.flatten(0, 1).flatten(1, 3),
-            )  # fmt: skip
-            least = ys.dtype.type(self.least)  # of another type it would widen all the sums
-            kernels.winograd_outwards(
-                products.numpy(), outwards, bias.numpy(), least, 4 * first, ys
-            )
-
-        # the matrices are read again for each strip, so they want a large one where they are large
-        size = max(STRIP_BYTES, self.matrices.nbytes // 2)
-        crops, strip = self._at_once(rows, columns, size)
-        pieces = (
-            (slice(start, start + crops), top, min(top + strip, rows))
-            for start in range(0, len(x), crops)
-            for top in range(0, rows, strip)
-        )
-        kernels.share(convolve, pieces)
-        return y.permute(0, 3, 1, 2)
-
-    def _convolve(self, x: Tensor, y: Tensor) -> None:
-        """Fills ``y`` of ``[N, m r, m c, D]`` from ``x`` of ``[N, m r + 2, m c + 2, C]``."""
-        m, side = self.tile, self.tile + 2
-        number, height, width, channels = x.shape
-        r, c = (height - 2) // m, (width - 2) // m
-        # every m-th row from the i-th on holds the i-th row of all tiles; columns likewise
-        halfway = x.new_empty(side, number, r, width, channels)
-        _combine(self.inwards, [x[:, i : i + m * r - m + 1 : m] for i in range(side)], halfway)
-        tiles = x.new_empty(side, side, number, r, c, channels)
-        columns = [halfway[:, :, :, j : j + m * c - m + 1 : m] for j in range(side)]
-        _combine(self.inwards, columns, tiles.unbind(1))
-        products = torch.bmm(tiles.view(side * side, -1, channels), self.matrices)
-        products = products.view(side, side, number, r, c, -1)
-        halfway = x.new_empty(m, *products.shape[1:])
-        _combine(self.outwards, products, halfway)
-        places = y.unflatten(1, (r, m)).unflatten(3, (c, m)).permute(4, 2, 0, 1, 3, 5)
-        _combine(self.outwards, halfway.unbind(1), places)
-        if self.bias is not None:
-            y += self.bias
-
-
-def _combine(matrix: Sequence[Sequence[float]], parts: Iterable, sums: Iterable[Tensor]) -> None:
-    """``sums = matrix @ parts``, for a matrix of few numbers that are mostly 0, 1 or -1."""
-    parts = list(parts)
-    for row, total in zip(matrix, sums):
-        factors = sorted(((f, p) for f, p in zip(row, parts) if f), key=lambda fp: fp[0] != 1)
-        (_, first), (factor, second), *others = factors  # each row has a 1 that starts the sum
-        torch.add(first, second, alpha=factor, out=total)
-        for factor, part in others:
-            total.add_(part, alpha=factor)

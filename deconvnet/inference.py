@@ -437,10 +437,11 @@ class Predictor:
             return network
         tensors = chain(network.parameters(), network.buffers())
         dtype = choose_precision(self.config.precision, self.device)
-        state = dtype, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        # "auto" is whatever is fastest; else switches and labels are worth some time
+        encoder_dtype = dtype if self.config.precision == "auto" else None
+        versions = ((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        state = dtype, encoder_dtype, *versions
         if self._prepared.get(network, (None, None))[0] != state:
-            # "auto" is whatever is fastest; else switches and labels are worth some time
-            encoder_dtype = dtype if self.config.precision == "auto" else None
             self._prepared[network] = state, prepare_for_inference(network, dtype, encoder_dtype)
         return self._prepared[network][1]
 

@@ -3,7 +3,7 @@
 Written with tensors, pooling with switches reads and writes its map a dozen times: once for every
 comparison and every choice. A compiled loop looks at each window once. The loops here compute
 exactly what :mod:`deconvnet.unpooling` does with tensors, and the sums before and after the matrix
-products of :class:`deconvnet.deployment.WinogradConvolution`. Both do without where Numba is
+products of :class:`deconvnet.winograd.WinogradConvolution`. Both do without where Numba is
 missing: they ask :func:`deconvnet.hardware.compiled_kernels` for this module, which nothing else
 imports.
 
@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deconvnet.unpooling import _BITS
+
 SMALL = 2**20
 """Maps with fewer values than this are not worth waking a second thread."""
 
 # Without Python's lock, so that threads share the work; the machine code is kept on disk.
 _loop = numba.njit(nogil=True, cache=True, error_model="numpy")
 _sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 # --- 2 x 2 pooling and unpooling --------------------------------------------------------------
@@ -217,7 +218,7 @@ def _share_rows(loops: tuple[Callable, Callable], large: Tensor, *small: Tensor)
     threads = 1 if large.numel() < SMALL else min(torch.get_num_threads(), rows)
     edges = [rows * i // threads for i in range(threads + 1)]
     others = [
-        _workers(threads - 1).submit(loops[pixels], start, stop, *arrays)
+        _workers(torch.get_num_threads()).submit(loops[pixels], start, stop, *arrays)
         for start, stop in zip(edges[1:], edges[2:])
     ]
     loops[pixels](edges[0], edges[1], *arrays)
@@ -229,7 +230,7 @@ def _share_rows(loops: tuple[Callable, Callable], large: Tensor, *small: Tensor)
 
 
 @_sums
-def winograd_inwards(x, matrix, first, tiles):
+def transform_input(x, matrix, first, tiles):
     """Sums and differences of the 6 x 6 values under each tile of 4 x 4 outputs.
 
     Args:
@@ -278,7 +279,7 @@ def winograd_inwards(x, matrix, first, tiles):
 
 
 @_sums
-def winograd_outwards(products, matrix, bias, least, first, y):
+def transform_output(products, matrix, bias, least, first, y):
     """Combines the products of each tile to 4 x 4 outputs.
 
     Args:
@@ -367,13 +368,25 @@ def share(work: Callable, pieces: Iterable[tuple]) -> list:
     if threads <= 1:
         return [work(*piece) for piece in pieces]
     quiet = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-    return list(_workers(threads).map(quiet()(work), *zip(*pieces)))
+    return list(_workers(torch.get_num_threads()).map(quiet()(work), *zip(*pieces)))
 
 
 @functools.cache
 def _workers(threads: int) -> ThreadPoolExecutor:
     """Threads, each of which PyTorch takes for the only one."""
-    return ThreadPoolExecutor(threads, "deconvnet", torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(threads, "deconvnet")
+    all_started = threading.Barrier(threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # PyTorch settles it for this thread at the first question
+        all_started.wait()
+
+    for _ in range(threads):
+        pool.submit(start)
+    all_started.wait()
+    torch.set_num_threads(threads)  # what a worker set would hold for all later threads too
+    return pool
 
 
 if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads

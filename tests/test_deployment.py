@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from deconvnet import deployment
+from deconvnet import deployment, winograd
 from deconvnet.deployment import (
-    WinogradConvolution,
     as_convolution,
     crops_at_once,
     library_pool,
     library_unpool,
     prepare_for_inference,
-    winograd,
 )
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.model import DeconvNet, ModelConfig
@@ -134,74 +132,16 @@ def test_as_convolution_refuses_what_it_cannot_turn(options: dict[str, int]) -> 
         as_convolution(nn.ConvTranspose2d(3, 3, 3, **options))
 
 
-def a_convolution(channels_in: int = 5, channels_out: int = 7, **options) -> nn.Conv2d:
-    torch.manual_seed(0)
-    return nn.Conv2d(channels_in, channels_out, 3, padding=1, **options).requires_grad_(False)
-
-
-@pytest.mark.parametrize("tile", [2, 4])
-@pytest.mark.parametrize("size", [(1, 1), (4, 4), (7, 10), (12, 9), (14, 14)])
-@pytest.mark.parametrize("cache", [1, 20_000, 2**24])  # bytes: a row of tiles, some, all at once
-def test_winograd_is_the_convolution(
-    tile: int, size: tuple[int, int], cache: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(deployment, "CACHE_BYTES", cache)
-    convolution = a_convolution()
-    x = torch.randn(3, 5, *size, generator=torch.Generator().manual_seed(0))
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = WinogradConvolution(convolution, tile)(x)
-    torch.testing.assert_close(y, convolution(x), rtol=1e-4, atol=1e-4)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_winograd_without_a_bias() -> None:
-    convolution, x = a_convolution(bias=False), torch.randn(1, 5, 8, 8)
-    expected = convolution(x)
-    torch.testing.assert_close(
-        WinogradConvolution(convolution, 4)(x), expected, rtol=1e-4, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize(
-    ("dtype", "widths", "tile"),
-    [
-        (torch.float32, (128, 128), 4),
-        (torch.float32, (64, 128), None),
-        (torch.bfloat16, (256, 256), 2),
-        (torch.bfloat16, (128, 256), None),
-    ],
-)
-def test_winograd_where_it_pays(
-    dtype: torch.dtype, widths: tuple[int, int], tile: int | None
-) -> None:
-    chosen = winograd(a_convolution(*widths), dtype)
-    assert getattr(chosen, "tile", None) == tile
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kernel_size": 1},
-        {"kernel_size": 3},
-        {"kernel_size": 3, "padding": 1, "stride": 2},
-        {"kernel_size": 3, "padding": 1, "groups": 2},
-        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
-    ],
-)
-def test_winograd_is_for_the_networks_convolutions_only(options: dict) -> None:
-    convolution = nn.Conv2d(128, 128, **options)
-    assert winograd(convolution, torch.float32) is convolution
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_rules_at_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide enough for Winograd, too large for a cache that is as small as this."""
-    monkeypatch.setattr(deployment, "CACHE_BYTES", 2**20)
+    for module in (deployment, winograd):
+        monkeypatch.setattr(module, "CACHE_BYTES", 2**20)
     config = ModelConfig(5, (64, 128, 256, 256, 256), fc_width=64, input_size=64)
     model = lively(DeconvNet(config))
     fast = prepare_for_inference(model, dtype)
     kinds = [type(module) for module in fast.modules()]
-    assert kinds.count(WinogradConvolution) > 4
+    assert kinds.count(winograd.WinogradConvolution) > 4
     crops = images(64, count=5)
     with torch.no_grad():
         expected, scores = model(crops), fast(crops).float()
@@ -223,6 +163,12 @@ def test_a_prepared_network_is_not_prepared_again() -> None:
     fast = prepare_for_inference(DeconvNet(ModelConfig.tiny(5)))
     with pytest.raises(ValueError, match="prepared already"):
         prepare_for_inference(fast)
+
+
+@pytest.mark.parametrize("rules", [2, 7])
+def test_there_are_no_other_rules(rules: int) -> None:
+    with pytest.raises(ValueError, match=f"rules must be 3, 4, 5 or 6, got {rules}"):
+        prepare_for_inference(DeconvNet(ModelConfig.tiny(5)), rules=rules)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

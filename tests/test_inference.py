@@ -640,6 +640,18 @@ def test_prepared_copies_follow_the_weights():
     assert predictor._prepared[model][1] is not copied
 
 
+def test_prepared_copies_follow_the_precision(monkeypatch):
+    """Where a CPU has bfloat16, ``auto`` takes it throughout, ``bfloat16`` not for the encoder."""
+    monkeypatch.setattr("deconvnet.hardware.cpu_has_bfloat16", lambda: True)
+    predictor = Predictor(DeconvNet(ModelConfig.tiny(3)), edge_boxes=None, crf=None, device="cpu")
+    image = make_scene(seed=5).image
+    for precision, dtype in (("auto", torch.bfloat16), ("bfloat16", torch.float32)):
+        predictor.config = replace(predictor.config, precision=precision)
+        assert predictor(image).deconvnet_scores.dtype == torch.float32
+        (_, prepared), *_ = predictor._prepared.values()
+        assert next(prepared.encoder.parameters()).dtype == dtype
+
+
 def test_prepared_networks_and_others_are_taken_as_they_are():
     image = make_scene(seed=5).image
     for network in (prepare_for_inference(DeconvNet(ModelConfig.tiny(3))), PixelNet()):

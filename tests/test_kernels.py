@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deconvnet import hardware, unpooling
-from deconvnet.deployment import WinogradConvolution, prepare_for_inference
+from deconvnet.deployment import prepare_for_inference
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
+from deconvnet.winograd import WinogradConvolution
 
 kernels = pytest.importorskip("deconvnet.kernels", reason="needs Numba")
 
@@ -115,7 +117,7 @@ def test_a_switch_out_of_range_drops_its_value() -> None:
 def test_winograd(
     channels: int, out: int, size: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deconvnet.deployment.STRIP_BYTES", 2**15)  # several strips
+    monkeypatch.setattr("deconvnet.winograd.STRIP_BYTES", 2**15)  # several strips
     torch.manual_seed(0)
     convolution = nn.Conv2d(channels, out, 3, padding=1, bias=bias).requires_grad_(False)
     x = torch.randn(3, channels, *size)
@@ -133,11 +135,11 @@ def test_winograds_loops_as_plain_python() -> None:
     x = torch.randn(1, 2, 5, 9).double()
     tiles, y = np.empty((6, 6, 1, 2, 3, 2)), np.empty((1, 5, 9, 3))
     pixels = x.permute(0, 2, 3, 1).contiguous().numpy()
-    kernels.winograd_inwards.py_func(pixels, np.array(layer.inwards, float), 0, tiles)
-    products = torch.bmm(torch.from_numpy(tiles).view(36, -1, 2), layer.matrices)
+    kernels.transform_input.py_func(pixels, np.array(layer.input_transform, float), 0, tiles)
+    products = torch.bmm(torch.from_numpy(tiles).view(36, -1, 2), layer.transformed_kernel)
     products = products.view(6, 6, 1, 2, 3, 3).numpy()
-    matrix, bias = np.array(layer.outwards, float), convolution.bias.numpy()
-    kernels.winograd_outwards.py_func(products, matrix, bias, -np.inf, 0, y)
+    matrix, bias = np.array(layer.output_transform, float), convolution.bias.numpy()
+    kernels.transform_output.py_func(products, matrix, bias, -np.inf, 0, y)
     np.testing.assert_allclose(y, convolution(x).permute(0, 2, 3, 1).numpy(), atol=1e-12)
 
 
@@ -178,6 +180,14 @@ def test_shares_keep_their_order_and_run_on_one_thread_each(two_threads) -> None
     assert found == [(i, str(i), 1, False) for i in range(7)]
     assert torch.get_num_threads() == 2
     assert kernels.share(work, []) == []
+
+
+def test_a_share_leaves_the_threads_of_others_alone(two_threads) -> None:
+    """A worker's own setting must not become that of threads which start later."""
+    kernels._workers.cache_clear()
+    kernels.share(lambda _: None, [(0,), (1,)])
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == 2
 
 
 def test_what_goes_wrong_in_a_thread_is_heard(two_threads) -> None:
