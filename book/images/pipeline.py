@@ -7,23 +7,49 @@ import io
 from pathlib import Path
 
 import torch
+from matplotlib.patheffects import withStroke
 from PIL import Image
+from torch import Tensor
 
 from deconvnet.aggregation import cut_crops
 from deconvnet.inference import Predictor
-from deconvnet.plotting import Figure, show_boxes, show_labels
+from deconvnet.plotting import Figure, name_places, overlay, show_boxes
 from deconvnet.recipes import tiny
 from deconvnet.shapes import make_scene, scene_seed
 
 COLUMNS = 4
+WIDTH = 210  # of a panel in pixels; the book shows 840 at 672
+DPI = 100
+TEXT = 11.0  # points, 9 as the book shows them
 NO_BOXES = torch.empty(0, 4)
+
+
+def labelled(image: Tensor, labels: Tensor, names: tuple[str, ...]) -> Figure:
+    """The labels over the image in grey; each region of 1 % or more carries its name."""
+    grey = image.float().mean(0, keepdim=True).expand(3, -1, -1).byte()
+    figure = show_boxes(overlay(grey, labels, 0.75), NO_BOXES)
+    height, width = labels.shape
+    written: list[tuple[float, float, float]] = []
+    for name, x, y, small in name_places(labels, names, room=1 / 100):
+        half = 0.024 * len(name) * width  # of the name's own width
+        x = min(max(x, half), width - half)
+        y = min(max(y, 0.05 * height), 0.95 * height)
+        overlaps = any(abs(x - u) < half + h and abs(y - v) < 0.09 * height for u, v, h in written)
+        if small or overlaps:
+            continue
+        written.append((x, y, half))
+        text = figure.axes[0].text(x, y, name, color="white", size=TEXT, ha="center", va="center")
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="black")])
+    return figure
 
 
 def rendered(title: str, figure: Figure) -> Image.Image:
     """The figure as a picture, with a title."""
-    figure.axes[0].set_title(title, size=13)
+    figure.axes[0].set_title(title, size=TEXT)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(WIDTH / DPI, height * WIDTH / DPI / width)
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=100)
+    figure.savefig(png, format="png", dpi=DPI)
     return Image.open(png).convert("RGB")
 
 
@@ -63,15 +89,15 @@ def main() -> None:
     deconvnet = found.deconvnet_probabilities.argmax(0).byte()
     fcn = found.fcn_probabilities.argmax(0).byte()
 
-    panels = {
-        "1  image": show_boxes(scene.image, NO_BOXES),
-        "2  object proposals": show_boxes(scene.image, found.boxes, count=15),
-        "3  the best one, cut out": show_boxes(crop[0], NO_BOXES),
-        "4  what DeconvNet sees in it": show_labels(crop[0], crop_labels, names),
-        "5  all proposals, maximum": show_labels(scene.image, deconvnet, names),
-        "6  FCN-8s, whole image": show_labels(scene.image, fcn, names),
-        "7  mean of both, dense CRF": show_labels(scene.image, found.labels, names),
-        "the truth": show_labels(scene.image, scene.labels, names),
+    panels = {  # numbered as the stages in chapter 1
+        "image": show_boxes(scene.image, NO_BOXES),
+        "1  object proposals": show_boxes(scene.image, found.boxes, count=8),
+        "2  crop of the best": show_boxes(crop[0], NO_BOXES),
+        "3  DeconvNet's labels": labelled(crop[0], crop_labels, names),
+        "4  all crops, maximum": labelled(scene.image, deconvnet, names),
+        "FCN-8s, whole image": labelled(scene.image, fcn, names),
+        "5  mean, 6  dense CRF": labelled(scene.image, found.labels, names),
+        "the truth": labelled(scene.image, scene.labels, names),
     }
     picture = tiled([rendered(title, figure) for title, figure in panels.items()])
     picture.save(options.output, optimize=True)
