@@ -52,7 +52,7 @@ def by_hes_rule(model: nn.Module) -> nn.Module:
     """Starts the deconvolutions so large that signals keep their size, in place."""
     for module in model.modules():
         if isinstance(module, nn.ConvTranspose2d):
-            # Unpadded it paints a single vector: each place then hears one tap of the kernel.
+            # Unpadded it paints a single vector: each output comes from one tap of the kernel.
             taps = math.prod(module.kernel_size) if module.padding != (0, 0) else 1
             nn.init.normal_(module.weight, std=(2 / (taps * module.in_channels)) ** 0.5)
     return model
@@ -101,14 +101,17 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/proposals"))
     parser.add_argument("--out", type=Path, default=Path("results/ablations.json"))
     options = parser.parse_args()
+    for name in options.variants:
+        if not VARIANTS[name].from_fcn and options.vgg16 is None:
+            parser.error(f"{name} needs --vgg16, or leave it out of --variants")
 
     recipe = recipes.RECIPES[options.recipe]()
     fcn = load_model(options.fcn if Path(options.fcn).exists() else pretrained(options.fcn))
     for name in options.variants:
-        if not scores_file(options.runs, name).exists():
+        if scores(options, name) is None:
             train(recipe, name, fcn, options)
             judge(recipe, name, options)
-    done = [name for name in VARIANTS if scores_file(options.runs, name).exists()]
+    found = {name: scores(options, name) for name in VARIANTS}
     record(
         options.out,
         dataset=options.dataset_name or options.data.resolve().name,
@@ -118,13 +121,20 @@ def main() -> None:
         updates=options.updates,
         proposals=PROPOSALS,
         stage1=asdict(recipe.stage1),
-        variants={name: json.loads(scores_file(options.runs, name).read_text()) for name in done},
+        variants={name: facts for name, facts in found.items() if facts is not None},
     )
 
 
 def scores_file(runs: Path, name: str) -> Path:
     """Where a variant's results wait until all are there."""
     return runs / name / "scores.json"
+
+
+def scores(options: argparse.Namespace, name: str) -> dict | None:
+    """A variant's results, if they are there and of as many updates as are asked for."""
+    path = scores_file(options.runs, name)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("updates") == options.updates else None
 
 
 def train(recipe: recipes.Recipe, name: str, fcn: nn.Module, options) -> None:
@@ -186,17 +196,18 @@ def judge(recipe: recipes.Recipe, name: str, options) -> None:
             for kind, count in (("whole", 0), ("proposals", PROPOSALS))
         }
 
-    scores = evaluate(predict, val)
+    judged = evaluate(predict, val)
     logs = [read_log(options.runs / name / s / "log.csv") for s in VARIANTS[name].stages]
     facts = {
         "description": VARIANTS[name].description,
+        "updates": options.updates,
         "images": len(val),
         "commit": provenance()["commit"],
         "seconds": [log[-1]["seconds"] for log in logs],
         "curves": [[{k: row[k] for k in ("iteration", "loss")} for row in log] for log in logs],
         **{
             kind: {k: score.summary(val.class_names)[k] for k in KEPT}
-            for kind, score in scores.items()
+            for kind, score in judged.items()
         },
     }
     with atomic_write(scores_file(options.runs, name)) as temporary:

@@ -10,13 +10,13 @@ the run gets the signal of Ctrl-C; then it goes on from its checkpoint.
 from __future__ import annotations
 
 import argparse
-import resource
 import signal
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from network import peak_mebibytes
 from torch.utils.data import Dataset
 
 from deconvnet import recipes
@@ -108,7 +108,7 @@ def main() -> None:
         loss_of_first_tenth=round(first, 4),
         loss_of_last_tenth=round(last, 4),
         seconds_an_update=round(seconds, 3),
-        peak_memory_gigabytes=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        peak_memory_gigabytes=round(peak_mebibytes(device) / 2**10, 2),
         checkpoint_gigabytes=round((options.run / "checkpoint.pt").stat().st_size / 2**30, 2),
         losses=[round(loss, 4) for loss in losses],
     )

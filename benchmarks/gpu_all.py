@@ -3,7 +3,7 @@
     python benchmarks/gpu_all.py
 
 Records go to ``results/`` with ``-gpu`` in their names; the figures of a CPU stay. What fails is
-told at the end, and the rest runs all the same. Without a GPU nothing runs: the list is printed,
+listed at the end, and the rest runs all the same. Without a GPU nothing runs: the list is printed,
 and the exit code is 3. ``--list`` prints it anywhere.
 """
 

@@ -5,7 +5,7 @@
 One classifier gives all networks their encoder, as ImageNet's does in the paper. Then, for each
 seed, FCN-8s, DeconvNet on whole images, stage 1 and stage 2 are trained by the recipe and judged on
 the same validation scenes with the same proposals. One file a seed is written to results/, with
-every stage's settings; a stopped run goes on where it was.
+the settings by which every stage was trained; a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
             train_images=len(train),
             seed=seed,
             recipe="tiny",
-            stages={stage: asdict(recipes.default_settings(recipe, stage)) for stage in networks},
+            stages={stage: network.metadata.get("solver") for stage, network in networks.items()},
             inference=asdict(recipe.inference),
             crf=asdict(recipe.crf),
             methods={
@@ -86,7 +86,10 @@ def main() -> None:
 
 
 def train_networks(recipe, train, val, boxes, runs, seed, iterations=None):
-    """Trains the networks, or loads those that were trained before."""
+    """Trains the networks, or loads those that were trained before.
+
+    The metadata of each have its settings under ``solver``: those of now may be others.
+    """
     networks = {}
     for stage in ORDER:
         seed_here, folder = (0, runs.parent) if stage == "classify" else (seed, runs)
@@ -103,7 +106,8 @@ def train_networks(recipe, train, val, boxes, runs, seed, iterations=None):
                 for data, training in ((train, True), (val, False))
             )
             recipes.train_stage(recipe, stage, model, crops, folder / stage, checks, settings)
-            save_model(model, path, recipes.facts("tiny", stage, train, seed_here))
+            facts = recipes.facts("tiny", stage, train, seed_here)
+            save_model(model, path, {**facts, "solver": asdict(settings)})
         networks[stage] = load_model(path)
     return networks
 

@@ -10,6 +10,7 @@ the rounds counts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -26,7 +27,6 @@ from torch import Tensor, nn
 from deconvnet.deployment import (
     ConvolutionOfAll,
     DeconvolutionToAll,
-    WinogradConvolution,
     prepare_for_inference,
 )
 from deconvnet.evaluation import provenance, record
@@ -34,6 +34,7 @@ from deconvnet.hardware import autocast, choose_precision, compiled_kernels, def
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.shapes import make_scene
 from deconvnet.weights import load_model, pretrained
+from deconvnet.winograd import WinogradConvolution
 
 
 class PlainPort(nn.Module):
@@ -342,6 +343,12 @@ def timed(network: Callable[[Tensor], Tensor], crops: Tensor, batch: int) -> flo
     if crops.is_cuda:
         torch.cuda.synchronize()
     return now() - start
+
+
+def forget_peak() -> None:
+    """Makes this process's peak begin anew at what it holds now, where the system allows it."""
+    with contextlib.suppress(OSError):  # only Linux, and not every container
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mebibytes(device: torch.device) -> int:

@@ -172,7 +172,7 @@ def data_path(config: ModelConfig, crops: int = 256) -> dict:
             seen = 0
             for images, _ in loader:
                 seen += len(images)
-                if seen == crops:  # the first half decodes the images
+                if seen == crops:  # the first half starts the processes and warms up
                     start = time.perf_counter()
             found[f"crops_a_second_{name}"] = round(crops / (time.perf_counter() - start), 1)
     return found

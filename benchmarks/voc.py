@@ -6,7 +6,8 @@
 The networks come from ``deconvnet train``, as README says; ``torchrun`` shares the images. Each
 proposal is segmented once; the maps for 10, 25, 50 and 100 of them, by maximum and by sum, are
 snapshots on the way. The CRF's settings are searched on training images, or are the recipe's with
-``--search 0``.
+``--search 0``. The networks have learned from these images and are surer there than elsewhere,
+against which :func:`~deconvnet.crf_tuning.search_crf` warns: the settings need not be the best.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: In place of ``sys.argv[1:]``.
 
     Returns:
-        The exit code: 0 all went well, 2 wrong input, 3 training diverged, 130 interrupted.
+        The exit code: 0 all went well, 2 wrong input (or a library is missing), 3 training
+        diverged, 130 interrupted.
     """
     options = parser().parse_args(arguments)
     try:
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingDiverged as error:
         print(f"deconvnet: {error}", file=sys.stderr)
         return DIVERGED
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"deconvnet: {error}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
@@ -131,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--minutes", type=float, help="stop after so much training time")
     sub.add_argument("--iterations", type=int, help="in place of the recipe's")
-    sub.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
+    sub.add_argument("--workers", type=int, default=0, help="processes that prepare crops (0)")
     sub.add_argument("--proposals", type=Path, help="cache folder of proposals (stage 2)")
     sub.add_argument("--edge-model", type=Path, help="OpenCV's model.yml.gz (stage 2)")
     sub.add_argument("--limit", type=int, help="only the first so many images")
@@ -206,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="train")
     sub.add_argument("--limit", type=int, help="only the first so many images")
     sub.add_argument("--cache", type=Path, help="cache folder (with --data)")
-    sub.add_argument("--workers", type=int, help="processes (all cores)")
+    sub.add_argument("--workers", type=int, help="threads, at least 1 (one a core)")
     _add_recipe(sub, f"the one to train with: its settings and image size ({LEARNING_RECIPE})")
     sub.add_argument("--edge-model", type=Path, help="OpenCV's model.yml.gz")
 
@@ -300,7 +301,7 @@ def run_data(options: argparse.Namespace) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """``deconvnet train``."""
     recipe = recipes.RECIPES[options.recipe]()
-    # Learn at the size at which the network will be asked.
+    # Train at the size at which images will be segmented.
     kept = {"decode_cache": not options.no_cache, "max_side": recipe.inference.max_side}
     dataset = open_dataset(options.data, options.split, limit=options.limit, **kept)
     validation = open_dataset(options.data, options.val_split, limit=128, **kept)
@@ -438,7 +439,7 @@ def _used(predictor: Predictor) -> str:
     parts = []
     for kind, network in (("DeconvNet", predictor.deconvnet), ("FCN-8s", predictor.fcn)):
         if network is not None:
-            data = network.metadata.get("training", {}).get("dataset")
+            data = getattr(network, "metadata", {}).get("training", {}).get("dataset")
             parts.append(kind + (f" (trained on {data})" if data else ""))
     if predictor.deconvnet is not None:
         boxes = predictor.edge_boxes is not None
@@ -548,7 +549,7 @@ def run_proposals(options: argparse.Namespace) -> None:
     # As `train` opens it: a box found in a larger image is another one, with another key.
     max_side = recipe.inference.max_side
     dataset = open_dataset(options.data, options.split, limit=options.limit, max_side=max_side)
-    every = _proposals(dataset, settings, options.cache, options)
+    every = _proposals(dataset, settings, options.cache, options, options.workers)
     print(f"{sum(len(p.boxes) for p in every)} boxes of {len(every)} images in {options.cache}")
 
 
@@ -565,15 +566,19 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def _proposals(
-    dataset: VOCDataset, settings: EdgeBoxesConfig, cache: Path | None, options: argparse.Namespace
+    dataset: VOCDataset,
+    settings: EdgeBoxesConfig,
+    cache: Path | None,
+    options: argparse.Namespace,
+    workers: int | None = None,
 ) -> list[Proposals]:
     return compute_proposals(
         dataset,
         cache,
         settings,
-        workers=getattr(options, "workers", None) or None,
+        workers=workers,
         progress=not options.quiet,
-        model_path=getattr(options, "edge_model", None),
+        model_path=options.edge_model,
     )
 
 

@@ -342,7 +342,7 @@ def negligible_labels(
 ) -> Tensor:
     """Labels that the mean field can do without, because no pixel will ever believe in them.
 
-    No message exceeds ``K * max(Q)``, where ``K`` is the loudest pixel's sum of kernels, and at
+    No message exceeds ``K * max(Q)``, where ``K`` is the largest row sum of the kernels, and at
     every pixel the votes for all labels only raise the softmax's denominator. So a label whose
     probability is nowhere above ``P`` satisfies ``Q <= P * exp(K * max(Q))`` after every update,
     and stays below ``e * P`` if ``P <= 1 / (e * K)``. Up to ``1 / (e * C)`` it is moreover below
@@ -358,12 +358,12 @@ def negligible_labels(
         negative, for which the bound does not hold.
     """
     ones = torch.ones_like(probabilities[:1]).view(-1, 1)
-    loudest = sum((k.message(ones) for k in kernels), start=0 * ones).max().item()
+    row_sum = sum((k.message(ones) for k in kernels), start=0 * ones).max().item()
     bounds = [threshold, 1 / (math.e * len(probabilities))]
     if any(float(k.weight) < 0 for k in kernels):
         bounds.append(0.0)
-    elif loudest > 0:
-        bounds.append(1 / (math.e * loudest))
+    elif row_sum > 0:
+        bounds.append(1 / (math.e * row_sum))
     return probabilities.flatten(1).amax(dim=1) < min(bounds)
 
 

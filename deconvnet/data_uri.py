@@ -26,7 +26,8 @@ def png_uri(picture: Tensor, colours: Tensor | None = None) -> str:
         ``data:image/png;base64,...``
 
     Raises:
-        ValueError: If ``picture`` is neither.
+        TypeError: If ``picture`` is not ``uint8``.
+        ValueError: If it has another shape.
     """
     pixels = _pixels(picture)
     options: dict[str, int] = {}
@@ -52,7 +53,8 @@ def jpeg_uri(image: Tensor, quality: int = 90) -> str:
         ``data:image/jpeg;base64,...``
 
     Raises:
-        ValueError: If ``image`` is no such picture, or ``quality`` is out of range.
+        TypeError: If ``image`` is not ``uint8``.
+        ValueError: If it has another shape, or ``quality`` is out of range.
     """
     pixels = _pixels(image)
     if pixels.ndim == 2:
@@ -78,12 +80,10 @@ def read_uri(uri: str) -> Image.Image:
 
 
 def _pixels(picture: Tensor) -> np.ndarray:
-    if picture.dtype != torch.uint8 or not (
-        picture.ndim == 2 or (picture.ndim == 3 and len(picture) == 3)
-    ):
-        raise ValueError(
-            f"picture must be uint8 [3, H, W] or [H, W], got {picture.dtype} {list(picture.shape)}"
-        )
+    if picture.dtype != torch.uint8:
+        raise TypeError(f"picture must be uint8, got {picture.dtype}")
+    if picture.ndim != 2 and (picture.ndim != 3 or len(picture) != 3):
+        raise ValueError(f"picture must be [3, H, W] or [H, W], got {list(picture.shape)}")
     array = picture.cpu().numpy()
     return array if array.ndim == 2 else np.ascontiguousarray(array.transpose(1, 2, 0))
 

@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ from deconvnet.hardware import gathered, join_processes
 from deconvnet.inference import Prediction, label_map
 from deconvnet.instances import object_mask
 from deconvnet.metrics import BinnedShare, BoundaryConfusionMatrix, ConfusionMatrix
-from deconvnet.proposals import cv2  # from there, as it explains a failing import
 from deconvnet.voc import VOID, Sample, VOCDataset
 
 BOUNDARY_WIDTH = 3
@@ -43,12 +43,13 @@ DISTANCES = (2, 4, 8, 16, 32)
 SIZES = (32, 64, 96, 128, 192)
 """Ends of the ranges, in pixels of the root of the area, in which objects are judged apart."""
 
-STAGES = {
+METHODS = {
     "fcn": "fcn_probabilities",
     "deconvnet": "deconvnet_probabilities",
     "ensemble": "ensemble_probabilities",
     "crf": "crf_probabilities",
 }
+"""Methods by name, each with its field of :class:`~deconvnet.inference.Prediction`."""
 
 
 class Score:
@@ -187,7 +188,7 @@ def evaluate(
 
 def stage_labels(prediction: Prediction) -> dict[str, Tensor]:
     """The label map that each stage of one prediction would have given, ``uint8 [H, W]``."""
-    maps = {method: getattr(prediction, field) for method, field in STAGES.items()}
+    maps = {method: getattr(prediction, field) for method, field in METHODS.items()}
     size = tuple(prediction.labels.shape)
     return {m: label_map(p, size) for m, p in maps.items() if p is not None}
 
@@ -259,6 +260,9 @@ def command() -> str:
 
 def _without_folders(argument: str) -> str:
     """Shortens an absolute path, so that no record names a machine's folders."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("-"):
+        return f"{option}={_without_folders(value)}"
     path, here = Path(argument), Path.cwd()
     if not path.is_absolute():
         return argument
@@ -267,6 +271,8 @@ def _without_folders(argument: str) -> str:
 
 def commit() -> str | None:
     """The git commit of the package's source, marked ``-dirty`` if the code was changed since.
+
+    Code is the package and the benchmarks; what they record, and the book, may change.
 
     ``None`` where the package was installed without its repository.
     """
@@ -279,7 +285,7 @@ def commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", __file__)  # it may lie in another's repository
-        changed = git("status", "--porcelain", "--", str(here))
+        changed = git("status", "--porcelain", "--", ".", "../benchmarks")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None  # installed from a wheel: the version says which code it was
@@ -290,6 +296,7 @@ def machine() -> dict[str, object]:
     facts: dict[str, object] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # names of CPUs do not tell
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

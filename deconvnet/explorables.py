@@ -19,7 +19,6 @@ import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import box_iou
 
 from deconvnet import shapes
 from deconvnet.data_uri import jpeg_uri, png_uri
@@ -42,7 +41,7 @@ from deconvnet.instances import (
     square_box,
 )
 from deconvnet.plotting import BOX_COLOUR, Figure, name_places
-from deconvnet.proposals import EdgeBoxesConfig, edge_boxes
+from deconvnet.proposals import EdgeBoxesConfig, box_iou, edge_boxes
 from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
 from deconvnet.voc import VOID, Sample, colourise, palette
 
@@ -52,6 +51,15 @@ MAX_BYTES = 300_000  # of one explorable's data and script together
 # ------------------------------------------------------------------------------------ switches
 
 FIRST_VALUES = ((1, 3, 2, 0), (8, 4, 1, 5), (0, 2, 6, 3), (7, 1, 2, 9))
+MAP_TITLES = {
+    "values": "input",
+    "maxima": "maxima",
+    "switches": "switches",
+    "unpooled": "unpooled with switches",
+    "corner": "without switches",
+    "bilinear": "bilinear",
+}
+"""Of the maps of :func:`unpooled_in_three_ways`."""
 
 
 def switches_data(values: Tensor | None = None) -> dict[str, Any]:
@@ -107,17 +115,9 @@ def unpooled_in_three_ways(values: Tensor) -> dict[str, Any]:
 
 
 def _switches_still(data: dict[str, Any]) -> Figure:
-    titles = {
-        "values": "input",
-        "maxima": "maxima",
-        "switches": "switches",
-        "unpooled": "unpooled with switches",
-        "corner": "without switches",
-        "bilinear": "bilinear",
-    }
     maps = unpooled_in_three_ways(torch.tensor(data["values"]))
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, titles.items()):
+    for axes, (name, title) in zip(figure.subplots(2, 3).flat, MAP_TITLES.items()):
         values = torch.tensor(maps[name])
         side = len(values)
         window = 1 if side == 2 else 2

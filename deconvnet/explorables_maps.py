@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -321,7 +322,7 @@ def _iterations(
     if weight or sigma_rgb:
         keep = lambda _, beliefs: maps.append(beliefs.argmax(0).byte())  # noqa: E731
         dense_crf(sample.image, probabilities, config, on_iteration=keep)
-    else:  # nobody speaks: every iteration returns what the networks said
+    else:  # without a kernel every iteration returns the networks' own map
         maps = [probabilities.argmax(0).byte()] * (config.iterations + 1)
     changed = [0.0] + [
         round(100 * float((now != then).float().mean()), 1) for then, now in zip(maps, maps[1:])
@@ -410,12 +411,10 @@ def _draw_frame(
     top = number * scene["height"]
     colours = read_uri(strip["strip"]).convert("RGB")
     colours = colours.crop((0, top, scene["width"], top + scene["height"]))
-    image = read_uri(scene["image"])
-    axes.imshow(image)
-    blended = torch.tensor(list(colours.getdata()), dtype=torch.uint8)
-    mask = blended.any(1).view(scene["height"], scene["width"])
-    rgba = torch.cat([blended.view(*mask.shape, 3), (153 * mask.byte())[..., None]], 2)
-    axes.imshow(rgba.numpy())
+    axes.imshow(read_uri(scene["image"]))
+    rgb = np.asarray(colours)
+    alpha = np.where(rgb.any(axis=2), np.uint8(153), np.uint8(0))  # the background is clear
+    axes.imshow(np.dstack([rgb, alpha]))
     for label, x, y in strip["names"][number]:
         name = classes[label]["name"]
         axes.text(x, y, name, ha="center", va="center", fontsize=7, bbox={"fc": "w", "pad": 0.8})

@@ -20,10 +20,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import cv2
 import torch
 from torch import Tensor
 
-from deconvnet.proposals import cv2  # from there, as it explains a failing import
 from deconvnet.voc import (
     VOID,
     Annotation,
@@ -82,6 +82,7 @@ class FolderDataset(VOCDataset):
         max_side: int | None = None,
     ) -> None:
         self.root, self.split, self.max_side = Path(root), split, max_side
+        self.mask_folder = "masks"
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 image, got {limit}")
         if not (self.root / "classes.txt").is_file():
@@ -137,20 +138,16 @@ class FolderDataset(VOCDataset):
     def _image_file(self, name: str) -> Path:
         return self._images[name]
 
-    def _mask_file(self, name: str) -> Path:
-        return self.root / "masks" / f"{name}.png"
-
     def _objects_file(self, name: str) -> Path:
         return self.root / "objects" / f"{name}.png"
 
     def _read_objects(self, name: str) -> Tensor:
-        return self._objects_and_annotations(name)[0]
+        return self._read_instances(name, self._read_labels(name))[0]
 
     def _read_annotations(self, name: str) -> tuple[Annotation, ...]:
-        return self._objects_and_annotations(name)[1]
+        return self._read_instances(name, self._read_labels(name))[1]
 
-    def _objects_and_annotations(self, name: str) -> tuple[Tensor, tuple[Annotation, ...]]:
-        labels = self._read_labels(name)
+    def _read_instances(self, name: str, labels: Tensor) -> tuple[Tensor, tuple[Annotation, ...]]:
         path = self._objects_file(name)
         if not path.is_file():
             return find_objects(labels)

@@ -63,7 +63,7 @@ class GridGaussian:
     On a grid the kernel is a product of two one-dimensional ones, so it needs no lattice. And a
     Gaussian is a narrower one applied twice: down to a coarse grid whose nodes are up to one
     standard deviation apart, and up again. That is a matrix's square root with few rows, and
-    costs a third of a convolution. What a lone pixel hears is right to 3 %, sums over a surface
+    costs a third of a convolution. A single pixel's own weight is right to 3 %, sums over a surface
     to 0.1 %. Under two pixels a coarse grid saves nothing, and a convolution is as exact as
     float32.
 

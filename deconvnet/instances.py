@@ -19,12 +19,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from deconvnet.proposals import Proposals, box_iou, cv2  # from there it explains a failing import
+from deconvnet.proposals import Proposals, box_iou, check_image
 from deconvnet.voc import VOID, Sample, VOCDataset
 
 
@@ -181,15 +182,15 @@ def _cut(planes: Tensor, box: tuple[int, int, int, int], outside: int) -> np.nda
 
 
 def _check_image(image: Tensor, labels: Tensor | None) -> None:
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image must have shape [3, H, W], got {list(image.shape)}")
-    if labels is not None and labels.shape != image.shape[1:]:
+    check_image(image)
+    if labels is None:
+        return
+    if labels.shape != image.shape[1:]:
         raise ValueError(
             f"labels must have the image's size {list(image.shape[1:])}, got {list(labels.shape)}"
         )
-    for name, tensor in (("image", image), ("labels", labels)):
-        if tensor is not None and tensor.dtype != torch.uint8:
-            raise TypeError(f"{name} must be uint8, got {tensor.dtype}")
+    if labels.dtype != torch.uint8:
+        raise TypeError(f"labels must be uint8, got {labels.dtype}")
 
 
 def object_mask(sample: Sample, k: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deconvnet.gaussian import Filter, LinearFilter
 
-MIN_ALONE = 0.25  # share of points without an audience from which leaving them out pays
+MIN_ALONE = 0.25  # share of isolated points from which leaving them out saves time
 
 # glibc returns larger blocks to the system at once, and fresh pages cost more than the arithmetic.
 MAX_BUFFER_BYTES = 2**25 - 2**16
@@ -53,7 +53,7 @@ def enclosing_simplex(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Round the coordinates down to multiples of ``d + 1``, then give each the same share of what is
     missing to sum zero: that is one corner. Every step to the next corner adds 1 to all
-    coordinates and takes ``d + 1`` from one of them; they pay in turn, smallest remainder first.
+    coordinates and takes ``d + 1`` from one of them, each in its turn, smallest remainder first.
     The gaps between the sorted remainders are the weights.
 
     Args:
@@ -61,7 +61,7 @@ def enclosing_simplex(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         ``corner`` int64 ``[N, d + 1]``, coordinates of the first corner; ``order`` int64
-        ``[N, d + 1]``, the coordinate that pays for each step; ``weights`` float ``[N, d + 1]``,
+        ``[N, d + 1]``, the coordinate that each step reduces; ``weights`` float ``[N, d + 1]``,
         one per corner, non-negative and summing to 1 up to rounding.
     """
     multiples, order, weights = _round_down(points.T)
@@ -74,8 +74,8 @@ def _round_down(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     side = len(points)
     scaled = points / side
     multiples = scaled.floor()
-    # As integers with the coordinate's number in the last bits, remainders remember where they
-    # were when they are sorted.
+    # Integers with the coordinate's number in their last bits: sorted, they still tell which
+    # coordinate each remainder belongs to.
     integers = torch.int64 if points.dtype == torch.float64 else torch.int32
     bits = side.bit_length()
     one = 2 ** (torch.iinfo(integers).bits - 1 - bits)
@@ -116,7 +116,7 @@ def _round_as_the_original(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     excess = multiples.sum(dim=0).long()
     falling = (points - side * multiples).argsort(dim=0, descending=True, stable=True)
     rank = falling.argsort(dim=0) + excess
-    multiples -= rank.div(side, rounding_mode="floor")  # who stands beyond either end goes round
+    multiples -= rank.div(side, rounding_mode="floor")  # ranks outside 0...d wrap around
     turn = torch.arange(side, device=points.device)[:, None]
     order = falling.gather(0, (side - 1 - turn - excess) % side)
     rising = ((points - side * multiples) * inverse).gather(0, order)
@@ -190,8 +190,8 @@ class PermutohedralLattice:
         if math.prod(spans) < 2**31:
             key, steps = key.int(), steps.int()  # half the bytes to sort
         keys = [key]
-        for pays in order[:-1]:
-            keys.append(keys[-1] + steps.index_select(0, pays))
+        for reduced in order[:-1]:
+            keys.append(keys[-1] + steps.index_select(0, reduced))
 
         # Sorted, equal keys stand together: each run is a vertex and the points that touch it.
         keys, origin = torch.stack(keys, dim=1).flatten().sort(stable=True)
@@ -204,7 +204,7 @@ class PermutohedralLattice:
         self.corners = torch.empty_like(run).scatter_(0, origin, run).view(-1, side)
         self.neighbours = [_neighbours(self._keys, step) for step in steps]
 
-        # The vertex that stands for the missing ones ends the list, with no points.
+        # The last vertex stands for all that are missing: no point touches it.
         self._splat_starts = F.pad(starts, (0, 1), value=len(origin)).int()
         self._splat_points = origin.int() // side
         self._splat_weights = self.weights.flatten().index_select(0, origin)
@@ -225,7 +225,7 @@ class PermutohedralLattice:
         return self._splat_starts.diff()
 
     def alone(self) -> Tensor:
-        """Which points nobody hears, and who hear nobody: bool ``[N]``.
+        """Points that exchange no weight with any other point: bool ``[N]``.
 
         No other point touches their simplex, nor a vertex next to it.
         """
@@ -234,9 +234,9 @@ class PermutohedralLattice:
         for before, _, after in (n[:-1].unbind(dim=1) for n in self.neighbours):
             neighbours += before < self.num_vertices
             neighbours += after < self.num_vertices
-        # A simplex closes a ring: each corner is a step away from two others.
-        quiet = (touching == 1) & (neighbours == 2)
-        return quiet.index_select(0, self.corners.flatten()).view_as(self.corners).all(dim=1)
+        # The corners of a simplex form a ring: two neighbours of each are corners too.
+        isolated = (touching == 1) & (neighbours == 2)
+        return isolated.index_select(0, self.corners.flatten()).view_as(self.corners).all(dim=1)
 
     def splat(self, values: Tensor) -> Tensor:
         """Spread the points' values ``[N, C]`` over the vertices, ``[M + 1, C]``."""
@@ -300,7 +300,7 @@ class PermutohedralLattice:
 
 
 class ThinnedLattice:
-    """The lattice without the points that are alone, which hear nothing but themselves.
+    """The lattice without the points that exchange no weight with any other point.
 
     In a noisy image, or with narrow kernels, most pixels may have no lookalike. Each of them
     occupies ``d + 1`` vertices of its own only to get its value back, times a number. Without
@@ -317,7 +317,7 @@ class ThinnedLattice:
     def __init__(self, lattice: PermutohedralLattice, features: Tensor) -> None:
         alone = lattice.alone()
         own = lattice(torch.ones_like(features[:, :1]))
-        self._own = torch.where(alone[:, None], own, 0)  # what the lone points hear
+        self._own = torch.where(alone[:, None], own, 0)  # the factor of each isolated point
         self._crowd = (~alone).nonzero().flatten()
         self._points = torch.arange(len(alone), dtype=torch.int32, device=alone.device)[:, None]
         self._lattice = PermutohedralLattice(features[self._crowd]) if len(self._crowd) else None
@@ -344,12 +344,12 @@ class ThinnedLattice:
 
     def _join(self, values: Tensor, filter: Filter | None) -> Tensor:
         # A matrix with one entry a row: faster than a product where rows are short.
-        heard = F.embedding_bag(
+        sums = F.embedding_bag(
             self._points, values.contiguous(), mode="sum", per_sample_weights=self._own
         )
         if filter is None:
-            return heard
-        return heard.index_copy_(0, self._crowd, filter(values.index_select(0, self._crowd)))
+            return sums
+        return sums.index_copy_(0, self._crowd, filter(values.index_select(0, self._crowd)))
 
 
 def lattice_filter(features: Tensor) -> PermutohedralLattice | ThinnedLattice:
@@ -362,7 +362,7 @@ def lattice_filter(features: Tensor) -> PermutohedralLattice | ThinnedLattice:
         ValueError: as :class:`PermutohedralLattice`.
     """
     lattice = PermutohedralLattice(features)
-    # Whoever is alone has all corners to himself: a cheap question first.
+    # An isolated point owns all its vertices; counting those is a cheap first test.
     own_vertices = (lattice.points_at_vertices() == 1).sum()
     if own_vertices < MIN_ALONE * lattice.corners.numel():
         return lattice
@@ -372,9 +372,9 @@ def lattice_filter(features: Tensor) -> PermutohedralLattice | ThinnedLattice:
 
 
 def _self_weight(barycentric: Tensor) -> Tensor:
-    # Two corners lie some steps apart, forward along those directions or backward along all the
-    # others, and a blur halves at every step. A corner also meets itself by walking all the way
-    # round, either way.
+    # Blurring carries weight from a corner to another along the directions between them, or
+    # backwards along all the others, and halves it at every step. Once around the ring of corners,
+    # either way, it also returns to its own.
     side = barycentric.shape[1]
     index = torch.arange(side, device=barycentric.device)
     apart = (index - index[:, None]) % side
@@ -390,5 +390,5 @@ def _neighbours(keys: Tensor, step: Tensor) -> Tensor:
     here = torch.arange(missing + 1, dtype=torch.int32, device=keys.device)
     after = F.pad(torch.where(exists, found, missing), (0, 1), value=missing)
     before = torch.full_like(here, missing).scatter_(0, after.long(), here)
-    before[missing] = missing  # several came here in vain
+    before[missing] = missing  # every missing neighbour was scattered to this row
     return torch.stack([before, here, after], dim=1)

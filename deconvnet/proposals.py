@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,14 +37,6 @@ from tqdm.auto import tqdm
 from deconvnet.files import file_digest, write_atomically
 from deconvnet.hardware import gathered, join_processes
 from deconvnet.voc import VOCDataset
-
-try:
-    import cv2
-except ImportError as error:
-    raise ImportError(
-        "OpenCV cannot be loaded; a bare Debian or Ubuntu lacks two libraries that it needs: "
-        "apt-get install libgl1 libglib2.0-0"
-    ) from error
 
 STRUCTURED_EDGE_MODEL_URL = (
     "https://github.com/opencv/opencv_extra/raw/3.1.0/testdata/cv/ximgproc/model.yml.gz"
@@ -199,7 +192,7 @@ def _structured_edges(pixels: np.ndarray, path: str | Path) -> tuple[np.ndarray,
     return edges, _half_turn(detector.computeOrientation(edges))
 
 
-# The digest makes a replaced file a new entry.
+# With the digest among the arguments, a replaced file is loaded anew.
 @lru_cache(maxsize=1)
 def _detector(path: str, digest: str) -> cv2.ximgproc.StructuredEdgeDetection:
     parts = ("childs", "featureIds", "thresholds", "edgeBoundaries", "edgeBins")
@@ -224,11 +217,16 @@ def _ximgproc() -> ModuleType:
     return cv2.ximgproc
 
 
-def _pixels(image: Tensor) -> np.ndarray:
+def check_image(image: Tensor) -> None:
+    """Raises an error that says what is wrong if ``image`` is not ``uint8 [3, H, W]``."""
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image must have shape [3, H, W], got {list(image.shape)}")
     if image.dtype != torch.uint8:
         raise TypeError(f"image must be uint8, got {image.dtype}")
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    check_image(image)
     return np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())
 
 

@@ -192,7 +192,7 @@ def make_network(
 
 
 def _check_settings(start: nn.Module, model: nn.Module) -> None:
-    """Compares what changes the scores and has no shape that would tell."""
+    """Compares the settings that change the scores, but not the shape of any weight."""
     for name in ("pixel_mean", "pixel_std", "batch_norm_eps", "use_switches"):
         expected, found = (getattr(m.config, name, None) for m in (model, start))
         if None not in (expected, found) and expected != found:  # an FCN has no switches
@@ -267,6 +267,9 @@ def train_stage(
     **options,
 ) -> nn.Module:
     """Trains one stage on its crops, classes balanced where the recipe says so.
+
+    Where the recipe re-estimates batch norm, as the release does after training, the network is
+    complete only after :func:`finish_stage`.
 
     Args:
         recipe: Where the stage's settings come from.

@@ -1,4 +1,4 @@
-"""Deep supervision: while it learns, the network is asked at every size, not only at the last.
+"""Deep supervision: in training, every size of the decoder has a loss, not only the last.
 
 DeconvNet's gradient has a long way: from the pixels down fifteen layers to the single vector that
 knows the class. Small classifiers on the way give each layer a loss of its own, close by. They
@@ -68,7 +68,7 @@ class DeeplySupervised(nn.Module):
 
 
 def coarse_labels(labels: Tensor, side: int) -> Tensor:
-    """The labels that a smaller map is asked for: those of its cells' centres.
+    """The target of a smaller map: the labels at its cells' centres.
 
     Args:
         labels: ``[N, S, S]``.

@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -37,10 +38,10 @@ from deconvnet.hardware import (
     join_processes,
 )
 from deconvnet.instances import StreamSampler
-from deconvnet.proposals import cv2  # from there, as it explains a failing import
 from deconvnet.supervision import coarse_labels
 from deconvnet.voc import VOID
 
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 LOG_COLUMNS = ("iteration", "seconds", "loss", "rate", "images_per_s", "validation")
 
 
@@ -380,7 +381,7 @@ class _Run:
                 (parent, name, child)
                 for parent in network.modules()
                 for name, child in parent.named_children()
-                if isinstance(child, nn.modules.batchnorm._BatchNorm)
+                if isinstance(child, NORMS)
             ]
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return nn.parallel.DistributedDataParallel(network)
@@ -553,16 +554,34 @@ def recomputed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged_statistics(block: nn.Module) -> Iterator[None]:
     """Keeps batch norm from counting the same batch into its running averages twice."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0  # the share of this batch in the averages
+    with batch_norm_momentum(block, 0.0) as norms:  # the share of this batch in the averages
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.num_batches_tracked -= 1
+
+
+@contextmanager
+def batch_norm_momentum(model: nn.Module, momentum: float | None) -> Iterator[list[nn.Module]]:
+    """Gives a network's batch norms another momentum while inside.
+
+    Args:
+        model: The network.
+        momentum: The share of a batch in the running averages; None averages over all batches.
+
+    Yields:
+        The batch norms.
+    """
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    before = [norm.momentum for norm in norms]
     try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta):
+        for norm in norms:
             norm.momentum = momentum
-            norm.num_batches_tracked -= 1
+        yield norms
+    finally:
+        for norm, own in zip(norms, before):
+            norm.momentum = own
 
 
 @contextmanager
@@ -711,11 +730,6 @@ def reestimate_batch_norm(
         workers: Processes that prepare crops.
         progress: Show a progress bar.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # PyTorch's way to say: a plain average over all batches
     length = max(crops // batch, 1) * batch
     sampler = StreamSampler(len(dataset), seed=seed, length=length, indices=indices)
     loader = DataLoader(
@@ -724,13 +738,15 @@ def reestimate_batch_norm(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()  # without dropout, as at inference
-    for norm in norms:
-        norm.train()
-    for images, _ in tqdm(loader, "batch norm", unit="batch", disable=not progress):
-        model(images.to(device))
-    model.train(was_training)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
+    try:
+        with batch_norm_momentum(model, None) as norms:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train()
+            for images, _ in tqdm(loader, "batch norm", unit="batch", disable=not progress):
+                model(images.to(device))
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()

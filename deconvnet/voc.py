@@ -446,7 +446,7 @@ def shrink_sample(sample: Sample, max_side: int | None) -> Sample:
 
     Returns:
         The sample in the smaller size. Objects of which less than ``MIN_SIDE`` pixels are left, in
-        height or width, are *difficult*: nobody learns from them.
+        height or width, are marked *difficult*, which keeps them out of training.
     """
     image = shrink(sample.image, max_side)
     if image is sample.image:
@@ -478,9 +478,9 @@ class VOCDataset(Dataset[Sample]):
         split: Name of a file in ``ImageSets/Segmentation``.
         masks: Folder of the class masks; ``"auto"`` takes ``SegmentationClassAug`` where it
             exists (it also has the images that only SBD annotated), else ``SegmentationClass``,
-            which may be missing as long as nobody asks for labels (VOC's test set has none).
+            which may be missing as long as no labels are read (VOC's test set has none).
         decode_cache: Decode everything now, on all cores, and keep it in memory as ``uint8``.
-            DataLoader workers that are forked share it.
+            DataLoader workers that are forked share it; others read the files.
         limit: Only the first so many images of the split.
         max_side: Shrink larger images, with their masks and boxes, until neither side has more
             pixels: for a network that segments them at this size.
@@ -527,6 +527,10 @@ class VOCDataset(Dataset[Sample]):
             with ThreadPoolExecutor() as pool:
                 self._cache = list(pool.map(self._read, range(len(self))))
 
+    def __getstate__(self) -> dict[str, object]:
+        # A process that is not forked reads the files: sent to it, each tensor holds a file open.
+        return self.__dict__ | {"_cache": None}
+
     @property
     def num_classes(self) -> int:
         """Number of classes with the background."""
@@ -569,17 +573,12 @@ class VOCDataset(Dataset[Sample]):
             with Image.open(self._image_file(name)) as file:  # reads the header only
                 return max(file.size) > self.max_side
         except (OSError, Image.DecompressionBombError):
-            return True  # whoever reads the whole file will say what is wrong with it
+            return True  # reading the whole file will say what is wrong with it
 
     def _read(self, index: int) -> Sample:
         name = self.names[index]
-        sample = Sample(
-            name=name,
-            image=self._read_image(name),
-            labels=self._read_labels(name),
-            objects=self._read_objects(name),
-            annotations=self._read_annotations(name),
-        )
+        image, labels = self._read_image(name), self._read_labels(name)
+        sample = Sample(name, image, labels, *self._read_instances(name, labels))
         for mask, path in (
             (sample.labels, self._mask_file(name)),
             (sample.objects, self._objects_file(name)),
@@ -605,6 +604,11 @@ class VOCDataset(Dataset[Sample]):
 
     def _read_labels(self, name: str) -> Tensor:
         return read_label_map(self._mask_file(name), self.num_classes)
+
+    def _read_instances(
+        self, name: str, labels: Tensor
+    ) -> tuple[Tensor | None, tuple[Annotation, ...]]:
+        return self._read_objects(name), self._read_annotations(name)
 
     def _read_objects(self, name: str) -> Tensor | None:
         path = self._objects_file(name)
@@ -729,9 +733,9 @@ def _open_image(path: str | Path | io.BytesIO) -> Image.Image:
 
 
 def _grey_step(path: str | Path) -> int:
-    with Image.open(path) as image:  # the header alone: who loads the pixels forgets their bits
+    with Image.open(path) as image:  # not loaded: `load()` drops the bit depth
         raw = image.tile[0][3] if image.tile else ""
-    raw = raw[0] if isinstance(raw, tuple) and raw else raw  # what else decoders want stands behind
+    raw = raw[0] if isinstance(raw, tuple) and raw else raw  # the raw mode is the first argument
     return GREY_STEPS.get(str(raw), 1)
 
 

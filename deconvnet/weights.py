@@ -68,6 +68,7 @@ def save_model(
     statistics = dict(model.named_buffers())
     tensors: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
+        value = value.cpu()  # where those of `encoder_of` are
         if dtype is None or key in statistics:
             tensors[key] = value
         elif dtype != torch.int8:
@@ -85,7 +86,7 @@ def save_model(
         header["encoder_sha256"] = _encoder_digest(tensors)
         tensors = _without_encoder(tensors, Path(encoder_of), Path(path))
         header["encoder_of"] = Path(encoder_of).name
-    tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, header)
 
@@ -130,11 +131,11 @@ def _encoder_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(key for key in tensors if key.startswith("encoder.")):
         digest.update(key.encode())
-        digest.update(tensors[key].cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> DeconvNet | FCN8s:
     """Rebuilds a model from a file that :func:`save_model` wrote.
 
     Args:
@@ -343,7 +344,7 @@ def calibrate_batch_norm(model: nn.Module, images: Tensor) -> None:
         raise ValueError(
             "the model has no batch norm to calibrate: its config says batch_norm=False"
         )
-    x = model.normalise(images)
+    x = model.normalise(images.to(next(model.parameters()).device))
     for block in model.encoder.blocks:
         for convolution, norm, relu in block:
             x = convolution(x)

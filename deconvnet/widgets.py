@@ -19,18 +19,23 @@ import ipywidgets
 import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deconvnet.activations import decoder_activations, strongest_channels
 from deconvnet.aggregation import Box
 from deconvnet.crf import NORMALIZATIONS, CRFConfig, dense_crf
-from deconvnet.explorables import boxes_to_cut, show_stages, stage_crops
+from deconvnet.explorables import (
+    FIRST_VALUES,
+    MAP_TITLES,
+    boxes_to_cut,
+    show_stages,
+    stage_crops,
+    unpooled_in_three_ways,
+)
 from deconvnet.inference import InferenceConfig, aggregate_proposals, check_image, select_boxes
 from deconvnet.instances import InstanceConfig, pixel_box
 from deconvnet.metrics import ConfusionMatrix
 from deconvnet.model import DeconvNet
 from deconvnet.plotting import BOX_COLOUR, Figure, class_name, show_activation, show_labels
-from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
 from deconvnet.voc import CLASS_NAMES, VOID, Sample
 
 # One tint for each 2 x 2 window (Okabe and Ito, lightened): dark digits stay readable on them,
@@ -61,8 +66,7 @@ def explore_switches(values: Tensor | None = None) -> ipywidgets.VBox:
     Raises:
         ValueError: ``values`` has another shape, or a value that is not finite.
     """
-    if values is None:
-        values = torch.tensor([[1, 3, 2, 0], [8, 4, 1, 5], [0, 2, 6, 3], [7, 1, 2, 9]])
+    values = torch.tensor(FIRST_VALUES) if values is None else values
     if values.shape != (4, 4):
         raise ValueError(f"values must be [4, 4], got {list(values.shape)}")
     if not values.isfinite().all():
@@ -78,19 +82,9 @@ def explore_switches(values: Tensor | None = None) -> ipywidgets.VBox:
     tables = ipywidgets.HTML()
 
     def update(change: object = None) -> None:
-        x = torch.tensor([field.value for field in fields]).view(1, 4, 4)
-        pooled, switches = max_pool2d_with_switches(x)
-        corner = unpool2d(pooled, torch.zeros_like(switches))
-        bilinear = F.interpolate(pooled[None], (4, 4), mode="bilinear")[0]
-        shown = {
-            "the input's windows": x,
-            "maxima": pooled,
-            "switches": switches,
-            "unpooled by switches": unpool2d(pooled, switches),
-            "without switches": corner,
-            "bilinear": bilinear,
-        }
-        tables.value = f'<div style="{_ROW}">{"".join(map(_table, shown, shown.values()))}</div>'
+        maps = unpooled_in_three_ways(torch.tensor([field.value for field in fields]).view(4, 4))
+        shown = "".join(_table(title, maps[name]) for name, title in MAP_TITLES.items())
+        tables.value = f'<div style="{_ROW}">{shown}</div>'
 
     _on_change(fields, update)
     grid = ipywidgets.GridBox(
@@ -413,9 +407,8 @@ def _figure(figure: Figure, alt: str, caption: str) -> str:
     )
 
 
-def _table(title: str, values: Tensor) -> str:
-    """One channel as an HTML table; each pooling window has a tint of its own."""
-    (rows,) = values.tolist()
+def _table(title: str, rows: Sequence[Sequence[float]]) -> str:
+    """A map as an HTML table; each pooling window has a tint of its own."""
     window = len(rows) // 2
     cells = (
         "".join(

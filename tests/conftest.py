@@ -1,4 +1,4 @@
-"""What several test files share: a small data set in VOC's layout, and a browser for the book."""
+"""What test files share: random numbers, a small data set in VOC's layout, and a browser."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import torch
+from hypothesis import register_random, settings
 
 from deconvnet.shapes import write_shapes
 
@@ -23,6 +24,27 @@ MAC_BROWSERS = (
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
 )
+
+settings.register_profile("deconvnet", deadline=None)  # a busy machine is no defect
+settings.load_profile("deconvnet")
+
+
+class TorchRandom:
+    """PyTorch's random numbers, for Hypothesis to seed before each example and to restore."""
+
+    seed = torch.default_generator.manual_seed
+    getstate = torch.default_generator.get_state
+    setstate = torch.default_generator.set_state
+
+
+TORCH_RANDOM = TorchRandom()  # Hypothesis keeps a weak reference only
+register_random(TORCH_RANDOM)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers, whichever tests ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from PIL import Image
 from deconvnet import cli, proposals, recipes, training, voc, weights
 from deconvnet.cli import main
 from deconvnet.fcn import FCN8s, FCNConfig
+from deconvnet.inference import Predictor
 from deconvnet.instances import balanced_indices
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.proposals import edge_boxes
@@ -33,9 +34,6 @@ COMMANDS = ("data", "train", "compress", "segment", "evaluate", "submit", "propo
 SIZES = {"widths": (4, 4, 4, 6, 8), "encoder_depths": (1,) * 5, "fc_width": 8}
 DECODER = {"decoder_depths": (1,) * 5}
 SHIPPED_FILES = [SHIPPED / f"shapes-{name}.safetensors" for name in ("deconvnet", "fcn")]
-needs_shipped = pytest.mark.skipif(
-    not all(path.is_file() for path in SHIPPED_FILES), reason="no weights have been shipped yet"
-)
 
 
 @pytest.fixture(scope="module")
@@ -572,6 +570,18 @@ def test_segment_with_one_network(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
+def test_segment_with_a_network_of_no_file(
+    photo: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fcn = FCN8s(FCNConfig(13, **SIZES, fc_kernel=3, input_size=32)).eval()
+    monkeypatch.setattr(cli, "_predictor", lambda options: Predictor(None, fcn, crf=None))
+    assert main(["segment", photo, "-o", str(tmp_path / "a.png")]) == 0
+    assert "with FCN-8s\n" in capsys.readouterr().out
+
+
 def test_segment_bad_input(
     photo: str, tmp_path: Path, networks: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -767,6 +777,30 @@ def test_proposals_of_a_data_set(
     assert capsys.readouterr().out == text
 
 
+@pytest.mark.usefixtures("small_training")
+def test_workers_of_proposals_are_theirs_alone(
+    shapes_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compute(*_, workers: int | None, **__) -> None:
+        raise ValueError(f"threads: {workers}")
+
+    monkeypatch.setattr(cli, "compute_proposals", compute)
+    command = ["proposals", "--data", shapes_root, "--cache", tmp_path, "--workers", 2]
+    assert "threads: 2" in fails(capsys, *command)
+    command = train(shapes_root, tmp_path / "run", "--stage", 2, "--workers", 2)
+    assert "threads: None" in fails(capsys, *command)
+
+
+def test_opencv_without_contrib_is_an_error_of_one_line(
+    photo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(proposals.cv2, "ximgproc")
+    assert "it is in opencv-contrib-python" in fails(capsys, "proposals", photo)
+
+
 def test_proposals_bad_input(
     photo: str, shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -774,7 +808,8 @@ def test_proposals_bad_input(
     assert "either an image or --data" in fails(capsys, "proposals", photo, "--data", shapes_root)
     assert "--data needs --cache" in fails(capsys, "proposals", "--data", shapes_root)
     command = ["proposals", "--data", shapes_root, "--cache", tmp_path / "cache", "--quiet"]
-    assert "workers must be at least 1" in fails(capsys, *command, "--workers", -1)
+    for workers in (0, -1):
+        assert "workers must be at least 1" in fails(capsys, *command, "--workers", workers)
     assert "gone.yml.gz" in fails(capsys, "proposals", photo, "--edge-model", "gone.yml.gz")
     assert "is a directory" in fails(capsys, "proposals", photo, "-o", tmp_path).lower()
 
@@ -812,7 +847,6 @@ def test_shipped_weights_are_missing(
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_shipped
 def test_segment_with_the_shipped_weights(
     shapes_root: Path, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -835,7 +869,6 @@ def test_what_takes_long_to_load_is_not_loaded_for_a_photograph() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@needs_shipped
 def test_shipped_weights_are_small_and_know_their_use() -> None:
     assert sum(path.stat().st_size for path in SHIPPED_FILES) < 8e6
     for path in SHIPPED_FILES:

@@ -244,7 +244,7 @@ def test_exact_filter_sums_in_blocks(monkeypatch, kept):
         torch.testing.assert_close(filter(values), expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     height=st.integers(1, 20),
     width=st.integers(1, 20),
@@ -363,7 +363,7 @@ def test_the_original_scale_gives_smaller_sums():
 
 
 @pytest.mark.parametrize("method", ["exact", "lattice"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     labels=st.integers(1, 6),
     height=st.integers(1, 7),

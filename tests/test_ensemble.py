@@ -15,7 +15,7 @@ def random_scores(seed: int, classes: int = 4) -> torch.Tensor:
     return 3 * torch.randn(classes, 3, 5, generator=generator)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), weight=st.floats(0.01, 100))
 def test_mean_is_a_probability_map_between_its_parts(seed, weight):
     a, b = random_scores(seed).softmax(0), random_scores(seed + 1).softmax(0)
@@ -46,7 +46,7 @@ def test_product_by_hand():
     torch.testing.assert_close(product_of_scores(ours, theirs).flatten(), expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31))
 def test_product_needs_both_networks(seed):
     ours, theirs = random_scores(seed), random_scores(seed + 1)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,7 @@ def test_record_says_how_to_repeat_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert written["versions"]["python"] == sys.version.split()[0]
     assert written["machine"]["threads"] == torch.get_num_threads()
     assert written["machine"]["cpu"]
+    assert written["machine"]["instructions"]  # such as AVX2
     assert written["finished"].endswith("+00:00")
 
 
@@ -221,6 +223,9 @@ def test_record_says_how_to_repeat_it(tmp_path: Path, monkeypatch: pytest.Monkey
         (["/elsewhere/deconvnet/ladder.py"], "python elsewhere/deconvnet/ladder.py"),
         (["/opt/bin/deconvnet", "/a/b/data/shapes/x"], "deconvnet data/shapes/x"),
         (["/opt/bin/deconvnet", "HERE/data/shapes"], "deconvnet data/shapes"),
+        (["/opt/bin/deconvnet", "--data=/home/alice/a=b/x/y"], "deconvnet --data=a=b/x/y"),
+        (["/opt/bin/deconvnet", "--data=HERE/a", "--seed=0"], "deconvnet --data=a --seed=0"),
+        (["/opt/bin/deconvnet", "/home/alice/a=b/x/y"], "deconvnet a=b/x/y"),
     ],
 )
 def test_command(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +254,25 @@ def test_commit_is_gits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         assert evaluation.commit().removesuffix("-dirty") == head.stdout.strip()
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     assert evaluation.commit() is None
+
+
+def test_changed_code_is_dirty_and_changed_results_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {n: tmp_path / n for n in ("deconvnet/evaluation.py", "benchmarks/a.py", "results/a")}
+    for path in files.values():
+        path.parent.mkdir()
+        path.write_text("first")
+    for command in ("init -q", "add .", "-c user.name=n -c user.email=e commit -q -m m"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(evaluation, "__file__", str(files["deconvnet/evaluation.py"]))
+    for name, path in files.items():
+        path.write_text("second")
+        assert evaluation.commit().endswith("-dirty") == (name != "results/a"), name
+        path.write_text("first")
+    shutil.rmtree(tmp_path / "benchmarks")
+    (tmp_path / "benchmarks").mkdir()
+    assert evaluation.commit().endswith("-dirty")
 
 
 def test_package_inside_anothers_repository(

@@ -39,7 +39,7 @@ def picture(height: int, width: int, seed: int = 0, number: int = 1) -> torch.Te
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(height=st.integers(1, 100), width=st.integers(1, 100), number=st.integers(1, 2))
 def test_any_size_is_the_padded_image_s_scores(tiny, height, width, number):
     images = picture(height, width, number=number)

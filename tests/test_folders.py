@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from deconvnet import folders, voc
 from deconvnet.cli import main
 from deconvnet.folders import MIN_OBJECT, FolderDataset, find_objects, open_dataset
 from deconvnet.voc import VOID, VOCDataset, palette, read_label_map
@@ -68,6 +71,21 @@ class TestReading:
             present = {int(c) for c in np.unique(labels)} - {0}
             assert {a.label for a in sample.annotations} == present
 
+    def test_a_sample_is_read_and_searched_once(self, beach: Path, monkeypatch):
+        calls = []
+
+        def counted(function):
+            return lambda *arguments: calls.append(function) or function(*arguments)
+
+        monkeypatch.setattr(voc, "read_label_map", counted(read_label_map))
+        monkeypatch.setattr(folders, "find_objects", counted(find_objects))
+        dataset = FolderDataset(beach, "all")
+        sample = dataset[1]
+        assert calls == [read_label_map, find_objects]
+        assert dataset.mask_folder == "masks"
+        assert torch.equal(dataset.objects(1), sample.objects)
+        assert dataset.annotations(1) == sample.annotations
+
     def test_the_halves_are_disjoint_and_stay(self, beach: Path):
         train, val = (FolderDataset(beach, split).names for split in ("train", "val"))
         assert len(val) == 2 and sorted(train + val) == FolderDataset(beach, "all").names
@@ -116,6 +134,17 @@ class TestReading:
         assert torch.equal(dataset.colours, palette(dataset.num_classes))
 
 
+class Comparisons(TorchFunctionMode):
+    """Counts the masks that are made by comparing a whole map."""
+
+    maps = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.maps += isinstance(result, Tensor) and result.dtype == torch.bool and result.ndim == 2
+        return result
+
+
 class TestObjects:
     def test_regions_of_a_class_are_objects(self):
         labels = torch.zeros(40, 60, dtype=torch.uint8)
@@ -157,8 +186,10 @@ class TestObjects:
         labels = torch.zeros(600, 600, dtype=torch.uint8)
         labels[::4, ::4] = 1
         labels[100:120, 100:120] = 1
-        objects, annotations = find_objects(labels)
+        with Comparisons() as comparisons:
+            objects, annotations = find_objects(labels)
         assert len(annotations) == 1 and annotations[0].box == (100, 100, 121, 121)
+        assert comparisons.maps <= 10  # of 22,000 regions
 
     def test_nothing_is_no_object(self):
         objects, annotations = find_objects(torch.zeros(8, 8, dtype=torch.uint8))

@@ -216,6 +216,8 @@ def test_crop_errors() -> None:
     image, labels = noise(5, 6), torch.zeros(5, 6, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"\[3, H, W\]"):
         crop_and_resize(image[0], labels, (0, 0, 2, 2), 4)
+    with pytest.raises(ValueError, match=r"\[3, H, W\], got \[3, 0, 6\]"):
+        crop_and_resize(image[:, :0], None, (0, 0, 2, 2), 4)
     with pytest.raises(ValueError, match=r"labels must have the image's size \[5, 6\]"):
         crop_and_resize(image, labels[1:], (0, 0, 2, 2), 4)
     with pytest.raises(TypeError, match="image must be uint8, got torch.float32"):

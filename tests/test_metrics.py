@@ -34,7 +34,7 @@ def label_maps(seed: int, shape: tuple[int, ...], void_share: float = 0.1):
     return prediction, target
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), images=st.integers(1, 4), void=st.floats(0, 0.8))
 def test_matches_torchmetrics_over_a_data_set(seed, images, void):
     confusion = ConfusionMatrix(CLASSES)
@@ -131,7 +131,7 @@ def test_bad_arguments_are_named():
         boundary_accuracy(torch.zeros(2, 3).byte(), torch.zeros(2, 2).byte(), 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), width=st.integers(1, 4))
 def test_band_equals_a_plain_loop(seed, width):
     generator = np.random.default_rng(seed)
@@ -161,7 +161,7 @@ def test_boundary_matrix_counts_the_band_only():
     assert math.isnan(boundary_accuracy(target, torch.zeros_like(target), 2))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31), width=st.integers(1, 3))
 def test_single_map_accuracy_equals_the_matrix(seed, width):
     prediction, target = label_maps(seed, (12, 10), 0.3)
@@ -173,7 +173,7 @@ def test_single_map_accuracy_equals_the_matrix(seed, width):
     assert boundary_accuracy(prediction, target, width) == pytest.approx(expected, nan_ok=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), n=st.integers(0, 40))
 def test_shares_by_range_match_a_loop(seed, n):
     random = np.random.default_rng(seed)

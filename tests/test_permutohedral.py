@@ -83,7 +83,7 @@ def test_embedding_is_a_scaled_isometry_onto_sum_zero(dimensions):
     assert matrix.sum(dim=0).abs().max() < 1e-9
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     dimensions=st.integers(1, 6),
     scale=st.floats(1e-3, 1e3),
@@ -199,7 +199,7 @@ def test_points_weigh_one_in_their_own_sum(dimensions):
         assert lattice(alone)[point].item() == pytest.approx(1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(count=st.integers(1, 40), dimensions=st.integers(1, 6), seed=st.integers(0, 2**31))
 def test_linear_and_blind_to_the_order_of_points(count, dimensions, seed):
     features = random_points(count, dimensions, 1.0, seed)

@@ -133,14 +133,19 @@ def test_prediction_of_a_large_photograph(scene):
     assert figure.axes[1].images[0].get_array().shape == (80, 120, 3)
 
 
-def test_names_of_a_noisy_map_cost_little():
+def test_names_of_a_noisy_map_cost_little(monkeypatch):
     """A distance transform for each of its thousands of regions would take a minute."""
+    calls, transform = [], plotting.cv2.distanceTransform
+    monkeypatch.setattr(
+        plotting.cv2, "distanceTransform", lambda *a, **k: calls.append(a) or transform(*a, **k)
+    )
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(21, (375, 500), generator=generator, dtype=torch.uint8)
     noise[100:200, 100:300] = 7
     places = name_places(noise)
     assert ("car", False) in {(name, above) for name, _, _, above in places}
     assert len(places) == 20
+    assert 0 < len(calls) <= len(places)
 
 
 def test_figures_save_show_themselves_and_stay_out_of_pyplot(scene, tmp_path):

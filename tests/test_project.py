@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,6 +108,19 @@ def test_deconvnet_commands_that_a_page_names_parse(path: Path) -> None:
 def test_the_version_is_the_same_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PYPROJECT["project"]["version"]
+
+
+def test_type_checkers_are_told_that_the_package_is_typed() -> None:
+    assert (files("deconvnet") / "py.typed").is_file()
+
+
+def test_random_numbers_do_not_depend_on_other_tests() -> None:
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+
+
+@given(st.integers())
+def test_random_numbers_do_not_depend_on_other_examples(number: int) -> None:
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
 
 
 # The one address

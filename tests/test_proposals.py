@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +118,7 @@ def test_thin_keeps_one_of_two_equal_neighbours() -> None:
     assert ((thinned > 0).sum(axis=1) == 1).all() and thinned.max() == np.float32(0.8)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), radius=st.integers(1, 3))
 def test_thin_only_removes_and_more_with_a_larger_radius(seed: int, radius: int) -> None:
     random = np.random.default_rng(seed)
@@ -137,7 +139,7 @@ def test_the_best_box_is_the_object(box: tuple[int, int, int, int]) -> None:
     assert scores[0] > 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(height=st.integers(1, 70), width=st.integers(1, 70), seed=st.integers(0, 99))
 def test_any_image_gives_sorted_boxes_within_it(height: int, width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -234,7 +236,7 @@ def test_recall_by_hand() -> None:
     assert recall(proposals, objects, max_boxes=1) == 1 / 4
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), iou=st.sampled_from([0.3, 0.5, 0.7]))
 def test_recall_equals_the_plain_loop(seed: int, iou: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -443,6 +445,13 @@ def test_files_that_are_no_edge_model(tmp_path: Path, name: str, content: bytes)
 def test_a_missing_edge_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.yml\.gz"):
         edge_map(scene(), tmp_path / "none.yml.gz")
+
+
+def test_an_opencv_that_cannot_be_loaded_is_explained() -> None:
+    code = "import sys; sys.modules['cv2'] = None; import deconvnet.shapes"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "apt-get install libgl1 libglib2.0-0" in done.stderr
+    assert "import cv2 " in done.stderr and "deconvnet/__init__.py" in done.stderr
 
 
 def test_opencv_without_contrib(monkeypatch: pytest.MonkeyPatch) -> None:

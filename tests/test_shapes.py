@@ -57,7 +57,7 @@ class TestDrawing:
         # The outline may be off by a sixth of a pixel.
         assert cover.sum() == pytest.approx(expected, abs=length / 6)
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(st.floats(-30, 30), st.floats(-30, 30))
     def test_lies_where_the_transform_says(self, x, y):
         cover, corner = draw_shape(
@@ -92,7 +92,7 @@ class TestDrawing:
 
 
 class TestRim:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(arrays(np.uint8, (7, 9), elements=st.integers(0, 2)), st.integers(0, 2))
     def test_equals_a_loop(self, on_top, rim):
         result = shapes._with_rim(on_top, rim)

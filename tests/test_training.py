@@ -712,6 +712,21 @@ def test_statistics_of_chosen_crops(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3/3" in capsys.readouterr().err
 
 
+def test_a_crop_that_cannot_be_read_leaves_the_norms_momentum() -> None:
+    class Damaged(Crops):
+        def __getitem__(self, key):
+            raise OSError("damaged")
+
+    model = fcn()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    assert momenta and None not in momenta
+    with pytest.raises(OSError, match="damaged"):
+        reestimate_batch_norm(model.train(), Damaged(), crops=4, batch=2)
+    assert [norm.momentum for norm in norms] == momenta
+    assert all(module.training for module in model.modules())
+
+
 def test_crop_loss_is_the_mean_over_all_valid_pixels() -> None:
     model, dataset = deconvnet().eval(), Crops()  # a new FCN scores all classes alike
     # The first five would be the crops of the first images only.

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -62,7 +62,6 @@ def is_channels_last(x):
 # --- equal to PyTorch -----------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(pooling_problems())
 def test_pooling_equals_pytorch(problem):
     x, kernel_size = problem
@@ -75,7 +74,6 @@ def test_pooling_equals_pytorch(problem):
     assert torch.equal(indices_to_switches(indices, size, kernel_size), switches)
 
 
-@settings(deadline=None)
 @given(pooling_problems())
 def test_unpooling_equals_pytorch(problem):
     x, kernel_size = problem
@@ -87,7 +85,6 @@ def test_unpooling_equals_pytorch(problem):
     assert_same(unpooled, F.max_unpool2d(values, indices, kernel_size, output_size=size))
 
 
-@settings(deadline=None)
 @given(pooling_problems())
 def test_gradients_equal_pytorch(problem):
     x, kernel_size = problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import struct
 import zlib
@@ -173,7 +174,7 @@ class TestImages:
 
 
 class TestLabelMaps:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000))
     def test_round_trip(self, tmp_path_factory, height, width, seed):
         path = tmp_path_factory.getbasetemp() / "round-trip.png"
@@ -272,7 +273,7 @@ class TestAnnotations:
             Annotation(8, (4.5, 5.0, 5.5, 6.0), False),
         ]
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(st.lists(annotation, max_size=5))
     def test_round_trip(self, tmp_path_factory, annotations):
         path = tmp_path_factory.getbasetemp() / "round-trip.xml"
@@ -399,6 +400,16 @@ class TestDataset:
             assert torch.equal(cached.labels(index), sample.labels)
             assert torch.equal(cached.objects(index), sample.objects)
             assert cached.annotations(index) == sample.annotations
+
+    def test_a_process_that_is_not_forked_reads_the_files(self, root):
+        """Sent to it, each tensor of the cache would hold a file open: a thousand are too many."""
+        cached = VOCDataset(root, "train", decode_cache=True)
+        sent = pickle.loads(pickle.dumps(cached))
+        assert torch.equal(sent[0].image, cached[0].image)
+        shutil.rmtree(root)
+        assert cached[0].name == "b"
+        with pytest.raises(FileNotFoundError):
+            sent[0]
 
     def test_data_loader(self, root):
         loader = DataLoader(VOCDataset(root, "train"), batch_size=None, num_workers=1)

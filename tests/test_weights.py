@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pretended_gpu import pretended_gpu
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -65,6 +68,16 @@ def enliven(model: nn.Module) -> None:
                 module.bias.uniform_(-0.3, 0.3, generator=generator)
                 module.running_mean.uniform_(-0.3, 0.3, generator=generator)
                 module.running_var.uniform_(0.5, 1.5, generator=generator)
+
+
+@pytest.fixture
+def gpu() -> Iterator[torch.device]:
+    """A GPU, or one that is pretended."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda", 0)
+    else:
+        with pretended_gpu() as device:
+            yield device
 
 
 def narrow(**fields) -> DeconvNet:
@@ -357,6 +370,16 @@ def test_calibration_takes_each_channel_s_own_statistics(plain):
     assert torch.equal(model.fc6[1].running_var, untouched)
 
 
+def test_calibration_on_a_gpu(plain, gpu):
+    model, images = narrow(input_size=64), crops(4, 64)
+    load_vgg16(model, plain)
+    there = copy.deepcopy(model).to(gpu)
+    for network in (model, there):
+        calibrate_batch_norm(network, images)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(there.state_dict()[key].cpu(), value, rtol=1e-3, atol=1e-3)
+
+
 def test_a_prepared_copy_is_not_saved(tmp_path):
     """Nothing could read it again."""
     for model in (narrow(), FCN8s(FCNConfig.tiny())):
@@ -492,6 +515,15 @@ def test_an_encoder_kept_in_another_file(tmp_path, model, dtype):
         load_model(path)
 
 
+def test_a_network_on_a_gpu_is_saved_without_its_encoder(tmp_path, model, gpu):
+    whole, path = (tmp_path / f"{name}.safetensors" for name in ("whole", "net"))
+    save_model(model, whole)
+    save_model(copy.deepcopy(model).to(gpu), path, encoder_of=whole)
+    assert path.stat().st_size < whole.stat().st_size
+    expected, found = load_model(whole).state_dict(), load_model(path).state_dict()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
 def test_saving_what_is_no_model(tmp_path, model):
     with pytest.raises(TypeError, match="DeconvNet or an FCN8s, got Linear"):
         save_model(nn.Linear(2, 2), tmp_path / "x.safetensors")
@@ -523,9 +555,7 @@ def test_a_missing_model(tmp_path):
             load_model(path)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fraction=st.floats(0, 1, exclude_max=True))
 def test_a_file_cut_anywhere(tmp_path, fraction):
     whole = tmp_path / "whole.safetensors"
@@ -596,6 +626,8 @@ def test_pretrained_weights_by_name(tmp_path, monkeypatch):
 
 
 def test_every_shipped_file_loads():
-    for path in weights.SHIPPED.glob("*.safetensors"):
-        model = load_model(pretrained(path.stem))
+    names = {f"{data}-{kind}" for data in ("shapes", "voc") for kind in ("deconvnet", "fcn")}
+    assert {path.stem for path in weights.SHIPPED.glob("*.safetensors")} == names
+    for name in names:
+        model = load_model(pretrained(name))
         assert len(model.metadata["class_names"]) == model.config.num_classes

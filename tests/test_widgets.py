@@ -102,10 +102,10 @@ def test_switches_show_what_pytorch_pools_and_unpools():
         fields[place].value = values.view(-1)[place] = number
         pooled, indices = F.max_pool2d(values[None], 2, return_indices=True)
         seen = tables(widget)
-        assert torch.equal(seen["the input's windows"], values)
+        assert torch.equal(seen["input"], values)
         assert torch.equal(seen["maxima"], pooled[0])
         assert torch.equal(seen["switches"], (indices[0] // 4 % 2 * 2 + indices[0] % 2).float())
-        assert torch.equal(seen["unpooled by switches"], F.max_unpool2d(pooled, indices, 2)[0])
+        assert torch.equal(seen["unpooled with switches"], F.max_unpool2d(pooled, indices, 2)[0])
         corner = torch.zeros(4, 4)
         corner[::2, ::2] = pooled[0]
         assert torch.equal(seen["without switches"], corner)
