@@ -6,8 +6,8 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import shutil
 import sys
+import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,11 +24,10 @@ from deconvnet.files import atomic_write, file_digest
 from deconvnet.folders import open_dataset
 from deconvnet.hardware import default_device, join_processes
 from deconvnet.inference import InferenceConfig, Predictor
-from deconvnet.instances import CropDataset
 from deconvnet.plotting import overlay, show_prediction
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, compute_proposals, edge_boxes
 from deconvnet.shapes import TRAIN_SCENES, VAL_SCENES, make_scene, write_shapes
-from deconvnet.training import TrainingDiverged
+from deconvnet.training import StageConfig, TrainingDiverged
 from deconvnet.voc import (
     VOCDataset,
     download_sbd,
@@ -64,7 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"deconvnet: {error}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
-        print("deconvnet: interrupted; the same command goes on from here", file=sys.stderr)
+        # What else was interrupted begins anew, and must not be taken for work that is kept.
+        kept = options.command in ("data", "train", "submit") or (
+            options.command == "proposals" and options.cache is not None
+        )
+        hint = "; the same command goes on from here" if kept else ""
+        print(f"deconvnet: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     finally:
         if dist.is_initialized():
@@ -301,10 +305,14 @@ def run_data(options: argparse.Namespace) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """``deconvnet train``."""
     recipe = recipes.RECIPES[options.recipe]()
+    # Images take minutes to decode and Edge Boxes hours to find: first what may be refused.
+    settings = _settings_to_train(options, recipe)
+    start = None if options.init is None else load_model(_weights(options.init))
     # Train at the size at which images will be segmented.
     kept = {"decode_cache": not options.no_cache, "max_side": recipe.inference.max_side}
     dataset = open_dataset(options.data, options.split, limit=options.limit, **kept)
     validation = open_dataset(options.data, options.val_split, limit=128, **kept)
+    model = None if start is None else _network_from(options, recipe, start, dataset.num_classes)
     crops, checks = (
         recipes.stage_crops(
             recipe,
@@ -318,14 +326,12 @@ def run_train(options: argparse.Namespace) -> None:
         )
         for data, training in ((dataset, True), (validation, False))
     )
-    given = {"minutes": options.minutes, "iterations": options.iterations}
-    settings = replace(
-        recipes.default_settings(recipe, options.stage),
-        seed=options.seed,
-        workers=options.workers,
-        **{field: value for field, value in given.items() if value is not None},
-    )
-    model = _network_to_train(options, recipe, crops)
+    if model is None:
+        calibrates = recipe.calibrate and options.vgg16 is not None
+        calibration = recipes.calibration_crops(crops) if calibrates else None
+        model = recipes.make_network(
+            recipe, options.stage, dataset.num_classes, options.vgg16, calibration
+        )
     progress = not options.quiet
     recipes.train_stage(
         recipe,
@@ -388,16 +394,33 @@ def _digest(path: Path | None) -> str | None:
     return None if path is None else file_digest(path)
 
 
-def _network_to_train(
-    options: argparse.Namespace, recipe: recipes.Recipe, crops: CropDataset
+def _settings_to_train(options: argparse.Namespace, recipe: recipes.Recipe) -> StageConfig:
+    given = {"minutes": options.minutes, "iterations": options.iterations}
+    settings = replace(
+        recipes.default_settings(recipe, options.stage),
+        seed=options.seed,
+        workers=options.workers,
+        **{field: value for field, value in given.items() if value is not None},
+    )
+    if options.new_classes and options.init is None:
+        raise ValueError("--new-classes needs --init, the weights that know other classes")
+    if settings.frozen_blocks and not (options.init or options.vgg16):
+        raise ValueError(
+            f"recipe {options.recipe!r} keeps {settings.frozen_blocks} blocks of the encoder as "
+            "they are, and so must start from learned ones: pass --init (voc-deconvnet, voc-fcn "
+            "or a file) or --vgg16 vgg16"
+        )
+    _, processes = join_processes()
+    if settings.batch_size % processes:
+        return settings  # training refuses it, and says why
+    # A recipe's batch may be a single forward pass, which processes can only share in parts.
+    share = settings.batch_size // processes
+    return replace(settings, micro_batch=min(settings.micro_batch, share))
+
+
+def _network_from(
+    options: argparse.Namespace, recipe: recipes.Recipe, start: nn.Module, num_classes: int
 ) -> nn.Module:
-    num_classes = crops.dataset.num_classes
-    path = None if options.init is None else _weights(options.init)
-    if path is None:
-        calibrates = recipe.calibrate and options.vgg16 is not None
-        calibration = recipes.calibration_crops(crops) if calibrates else None
-        return recipes.make_network(recipe, options.stage, num_classes, options.vgg16, calibration)
-    start = load_model(path)
     try:
         return recipes.make_network(
             recipe, options.stage, num_classes, start=start, new_classes=options.new_classes
@@ -405,7 +428,7 @@ def _network_to_train(
     except ValueError as error:
         about_classes = "classes" in str(error) and not options.new_classes
         hint = "; --new-classes learns other classes than it knows" if about_classes else ""
-        raise ValueError(f"{path}: {error}{hint}") from error
+        raise ValueError(f"{_weights(options.init)}: {error}{hint}") from error
 
 
 def run_compress(options: argparse.Namespace) -> None:
@@ -418,9 +441,15 @@ def run_compress(options: argparse.Namespace) -> None:
 
 def run_segment(options: argparse.Namespace) -> None:
     """``deconvnet segment``."""
+    picture = options.overlay or options.out.with_name(f"{options.out.stem}-overlay.png")
+    files = {"the image": options.image, "the label map": options.out, "the overlay": picture}
+    taken: dict[Path, str] = {}
+    for use, path in files.items():  # one would destroy the other
+        other = taken.setdefault(path.resolve(), use)
+        if other != use:
+            raise ValueError(f"{path}: expected different files for {other} and {use}")
     predictor = _predictor(options)
     prediction = predictor(options.image)
-    picture = options.overlay or options.out.with_name(f"{options.out.stem}-overlay.png")
     colours = prediction.class_colours
     write_label_map(options.out, prediction.labels, colours)
     write_image(picture, overlay(prediction.image, prediction.labels, colours=colours))
@@ -496,7 +525,13 @@ def run_submit(options: argparse.Namespace) -> None:
         path = options.out / folder / f"{name}.png"
         if not path.exists():  # a command that was stopped goes on
             write_label_map(path, predictor(dataset.image(i)).labels, dataset.colours)
-    print(shutil.make_archive(str(options.out / "results"), "gztar", options.out, "results"))
+    archive = options.out / "results.tar.gz"
+    # By name: other maps may lie there, or what a killed process left of one.
+    with atomic_write(archive) as temporary, tarfile.open(temporary, "w:gz") as packed:
+        for name in dataset.names:
+            inside = folder / f"{name}.png"
+            packed.add(options.out / inside, arcname=inside.as_posix())
+    print(archive)
 
 
 def _keep_settings(options: argparse.Namespace, predictor: Predictor) -> None:
@@ -631,5 +666,5 @@ def _weights(name: str | None) -> Path | None:
     """The file that ``--deconvnet``, ``--fcn`` or ``--init`` means."""
     if name is None or name == "none":
         return None
-    is_file = Path(name).suffix or Path(name).exists()
+    is_file = Path(name).suffix or Path(name).is_file()  # a folder may bear a shipped name
     return Path(name) if is_file else pretrained(name)

@@ -137,7 +137,7 @@ class DenseCRF2D:
             normalization: see :class:`~deconvnet.crf.PairwiseKernel`.
         """
         anything = torch.zeros(3, *self.shape[1:], dtype=torch.uint8)
-        weights = {"gaussian_weight": _number("compat", compat), "bilateral_weight": 0}
+        weights = {"gaussian_weight": _potts(compat), "bilateral_weight": 0}
         self._add(anything, gaussian_sigma=_number("sxy", sxy), normalization=normalization,
                   **weights)  # fmt: skip
 
@@ -164,7 +164,7 @@ class DenseCRF2D:
             expected = [*self.shape[1:], 3]
             raise ValueError(f"rgbim must be {expected}, got {list(np.shape(rgbim))}")
         image = torch.from_numpy(np.array(rgbim)).permute(2, 0, 1)
-        weights = {"gaussian_weight": 0, "bilateral_weight": _number("compat", compat)}
+        weights = {"gaussian_weight": 0, "bilateral_weight": _potts(compat)}
         self._add(image, bilateral_sigma=_number("sxy", sxy), normalization=normalization,
                   bilateral_sigma_rgb=_number("srgb", srgb), **weights)  # fmt: skip
 
@@ -184,6 +184,16 @@ class DenseCRF2D:
     def _add(self, image: torch.Tensor, **settings: float | str) -> None:
         method = "original" if settings["normalization"] == NO_NORMALIZATION else "auto"
         self._kernels += pairwise_kernels(image.to(self.device), CRFConfig(**settings), method)
+
+
+def _potts(compat: float) -> float:
+    # In pydensecrf a sequence is no Potts model but a diagonal of the other sign, and a matrix may
+    # be anything: refused even where all entries are equal.
+    if np.ndim(compat):
+        raise TypeError(
+            f"compat must be one number here, the weight of a Potts model, got {compat!r}"
+        )
+    return float(compat)
 
 
 def _number(name: str, value: float | Sequence[float]) -> float:

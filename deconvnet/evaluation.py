@@ -198,15 +198,24 @@ def record(path: str | Path, **facts: object) -> dict[str, object]:
 
     Args:
         path: The ``.json`` file.
-        **facts: Results and settings.
+        **facts: Results and settings; numbers that are not finite are written as ``null``.
 
     Returns:
         What was written: the facts, and the command, commit, machine, versions and time.
     """
-    run = {**facts, **provenance()}
+    run = _finite({**facts, **provenance()})
     with atomic_write(path) as temporary:
         temporary.write_text(_compact(json.dumps(run, indent=2, allow_nan=False)) + "\n")
     return run
+
+
+def _finite(value: object) -> object:
+    """The same with None for numbers that JSON lacks: hours of results are worth more than one."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _compact(text: str) -> str:

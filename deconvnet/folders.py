@@ -127,7 +127,7 @@ class FolderDataset(VOCDataset):
         return sorted(parts[split])
 
     def _listed(self, path: Path) -> list[str]:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         names = [n if n in self._images else Path(n).stem for n in lines if n]
         unknown = [name for name in names if name not in self._images]
         if unknown or not names:

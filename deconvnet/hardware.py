@@ -70,20 +70,21 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def join_processes() -> tuple[int, int]:
-    """Joins the process group that ``torchrun`` announces, unless that was done before.
+    """Joins the process group that ``torchrun`` announces, unless this process is in one already.
 
     With CUDA, each process gets a GPU of its own; what is not a tensor there travels by the CPU.
 
     Returns:
-        This process's rank, and the number of processes; 0 and 1 without ``torchrun``.
+        This process's rank, and the number of processes; 0 and 1 without a group.
     """
+    if dist.is_available() and dist.is_initialized():  # by mp.spawn perhaps, which announces none
+        return dist.get_rank(), dist.get_world_size()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
-    if not dist.is_initialized():
-        device = default_device()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    device = default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import signal
 import threading
 import time
@@ -239,11 +240,10 @@ class _Run:
             dynamic_ncols=True,
             disable=not progress or self.rank > 0,
         )
-        batches = self.batches()
         self.train_mode()
-        clock = time.perf_counter()
         saving = recomputed(self.model) if stage.recompute else nullcontext()
-        with bar, saving, deferred_interrupt() as interrupted:
+        with bar, saving, self.batches() as batches, deferred_interrupt() as interrupted:
+            clock = time.perf_counter()
             while self.progress() < 1:
                 self.set_seed()
                 rate = self.set_rate()
@@ -269,6 +269,8 @@ class _Run:
                     self.save()
                 if stopping:
                     raise KeyboardInterrupt
+            if self.any_process(interrupted()):  # during the last validation or the last save
+                raise KeyboardInterrupt
 
     def update(self, network: nn.Module, micro_batches: list[tuple[Tensor, Tensor]]) -> Tensor:
         """One update of the weights; returns the mean loss over the whole batch's pixels."""
@@ -308,7 +310,8 @@ class _Run:
             total += self.stage.deep_supervision * pixels * pixel_loss(coarse.float(), target)
         return total
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    @contextmanager
+    def batches(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
         stage = self.stage
         sampler = StreamSampler(
             len(self.dataset),
@@ -319,17 +322,23 @@ class _Run:
             indices=self.indices,
         )
         # A loader draws its workers' seed from the global generator; ours leaves that alone.
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_size=stage.micro_batch,
-                sampler=sampler,
-                num_workers=stage.workers,
-                worker_init_fn=prepare_worker,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator().manual_seed(stage.seed),
-            )
+        loader = DataLoader(
+            self.dataset,
+            batch_size=stage.micro_batch,
+            sampler=sampler,
+            num_workers=stage.workers,
+            worker_init_fn=prepare_worker,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator().manual_seed(stage.seed),
         )
+        batches = iter(loader)
+        try:
+            yield batches
+        finally:
+            # An error's traceback may be kept (Jupyter does), and its frames hold the iterator,
+            # torch's own frames too: forgetting ours would not end the workers.
+            if stage.workers:
+                batches._shutdown_workers()
 
     def progress(self) -> float:
         """How much of the stage is done, from 0 to 1, by iterations or by time."""
@@ -465,15 +474,24 @@ class _Run:
                 "row_bytes": self.row_bytes,
             }
             with atomic_write(self.checkpoint) as temporary:
-                torch.save(state, temporary)
+                try:
+                    torch.save(state, temporary)
+                except RuntimeError as error:  # torch's names neither the file nor the disk
+                    reason = str(error).partition("\n")[0]  # without the trace of its C++
+                    raise OSError(
+                        f"{self.checkpoint}: could not be written in full; is there room on the "
+                        f"disk? (torch: {reason})"
+                    ) from error
         if self.world_size > 1:
             dist.barrier()  # nobody leaves before the checkpoint is there to be read
 
     def remove_leftovers(self) -> None:
         """Removes what runs that were killed while they saved have left: a whole model each."""
         if self.rank == 0:  # the only one that saves
-            for path in self.run_dir.glob(f".{self.checkpoint.name}.*"):
-                path.unlink(missing_ok=True)
+            # The command line writes the trained weights into the same folder.
+            for name in (self.checkpoint.name, "weights.safetensors"):
+                for path in self.run_dir.glob(f".{name}.*"):
+                    path.unlink(missing_ok=True)
 
     def load(self) -> None:
         if self.checkpoint.exists():
@@ -515,7 +533,11 @@ class _Run:
         vars(self.plateau).update(state["plateau"])
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         log = self.run_dir / "log.csv"
-        self.row_bytes = min(state["row_bytes"], log.stat().st_size if log.exists() else 0)
+        size = log.stat().st_size if log.exists() else 0
+        self.row_bytes = min(state["row_bytes"], size)
+        # A run that is done already writes no row, so `log` would never cut these off.
+        if self.rank == 0 and size > self.row_bytes:
+            os.truncate(log, self.row_bytes)
 
 
 @contextmanager
@@ -600,6 +622,9 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread receives signals
+        return
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield lambda: False  # as in a script's `command &`: Ctrl-C is meant for others
         return
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -758,6 +783,9 @@ def crop_loss(model: nn.Module, dataset: Dataset, crops: int = 256, batch: int =
         dataset: The crops, by image: the first ones alone would be those of a few images.
         crops: At most so many of them.
         batch: Crops per forward pass.
+
+    Raises:
+        ValueError: All pixels of these crops are void.
     """
     device = next(model.parameters()).device
     total, valid = 0.0, 0
@@ -767,4 +795,9 @@ def crop_loss(model: nn.Module, dataset: Dataset, crops: int = 256, batch: int =
         labels = labels.to(device).long()
         total += pixel_loss(model(images.to(device)).float(), labels).item()
         valid += int((labels != VOID).sum())
-    return total / max(valid, 1)
+    if valid == 0:  # 0 would be a perfect score, which no later one could beat
+        raise ValueError(
+            f"dataset must have crops with pixels that are not void ({VOID}), found none in "
+            f"{count} of its {len(dataset)} crops"
+        )
+    return total / valid

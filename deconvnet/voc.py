@@ -141,6 +141,8 @@ def _all_colours(first: Tensor | None) -> Tensor:
 def read_image(path: str | Path | io.BytesIO) -> Tensor:
     """Read a photograph of any format that Pillow knows, upright by its EXIF orientation.
 
+    Of colours of 16 bits Pillow gives the upper 8.
+
     Args:
         path: The image file, or its bytes in memory.
 
@@ -149,7 +151,7 @@ def read_image(path: str | Path | io.BytesIO) -> Tensor:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not an image, is damaged, has more than 8 bits a channel, or so
+        ValueError: If the file is not an image, is damaged, is grey of more than 8 bits, or has so
             many pixels that Pillow takes it for an attack (179 million).
     """
     with _open_image(path) as image:
@@ -342,7 +344,8 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If it does not list 2 to 255 different names.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    # Windows Notepad may put a byte order mark before the first name.
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     found = [CLASS_LINE.fullmatch(line.strip()).groups() for line in lines if line.strip()]
     names = tuple(name for name, _ in found)
     if not 2 <= len(names) <= VOID or len(set(names)) != len(names):
@@ -374,7 +377,7 @@ def read_split(root: str | Path, name: str) -> list[str]:
     if not path.is_file():
         splits = sorted(other.stem for other in path.parent.glob("*.txt"))
         raise FileNotFoundError(f"{path}: no such split; there are {splits or 'none'}")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     names = [line for line in names if line]
     if not names:
         raise ValueError(f"{path}: expected image names, got an empty file")

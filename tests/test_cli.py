@@ -447,6 +447,85 @@ def test_train_bad_input(
     assert not out.exists()
 
 
+def test_a_frozen_encoder_must_have_learned(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("fcn", "1", "2"):
+        command = train(shapes_root, tmp_path / "run", "--recipe", "compact", "--stage", stage)
+        assert "encoder as they are, and so must start from learned ones: pass --init" in fails(
+            capsys, *command
+        )
+    message = fails(capsys, *train(shapes_root, tmp_path / "run", "--new-classes"))
+    assert "--new-classes needs --init" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("small_training")
+def test_what_may_be_refused_is_read_before_what_takes_long(
+    shapes_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "compute_proposals", None)  # must not be called
+    command = train(shapes_root, tmp_path / "run", "--stage", 2)
+    two_classes = tmp_path / "two.safetensors"
+    save_model(DeconvNet(ModelConfig(2, **SIZES, **DECODER, input_size=32)), two_classes)
+    assert "--new-classes learns" in fails(capsys, *command, "--init", two_classes)
+    monkeypatch.setattr(cli, "open_dataset", None)
+    assert "iterations must be at least 1" in fails(capsys, *command, "--iterations", 0)
+    assert "no weights at gone.safetensors" in fails(capsys, *command, "--init", "gone.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "processes", "expected"),
+    [
+        ("tiny", 1, 32),
+        ("tiny", 2, 16),
+        ("compact", 4, 8),
+        ("voc2012", 2, 8),
+        ("voc2012", 16, 4),
+        ("tiny", 3, 32),  # left for training to refuse
+    ],
+)
+def test_processes_share_a_batch(
+    recipe: str, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "join_processes", lambda: (0, processes))
+    start = ["--recipe", recipe, "--init", "voc-deconvnet"]
+    given = cli.parser().parse_args(train(Path("data"), Path("run"), *start))
+    settings = cli._settings_to_train(given, recipes.RECIPES[recipe]())
+    assert settings.micro_batch == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "goes_on"),
+    [
+        (["data", "shapes", "x"], True),
+        (["train", "--data", "x", "--out", "y"], True),
+        (["submit", "--data", "x", "--out", "y"], True),
+        (["proposals", "--data", "x", "--cache", "y"], True),
+        (["proposals", "x.jpg"], False),
+        (["evaluate", "--data", "x"], False),
+        (["segment", "x.jpg", "-o", "y.png"], False),
+        (["demo", "-o", "y.png"], False),
+    ],
+)
+def test_only_what_goes_on_says_so(
+    command: list[str],
+    goes_on: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(options) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, f"run_{command[0]}", interrupt)
+    assert main(command) == 130
+    hint = "; the same command goes on from here" if goes_on else ""
+    assert capsys.readouterr().err == f"deconvnet: interrupted{hint}\n"
+
+
 def test_device_is_checked_before_anything_else(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "demo", "-o", "demo.png", "--device", "abacus")
     assert "argument --device: 'abacus' cannot be used" in message
@@ -611,6 +690,37 @@ def test_segment_bad_input(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_segment_overwrites_nothing_that_it_needs(
+    photo: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_predictor", None)  # must not be called
+    write_image("a-overlay.png", read_image(photo))
+    before = Path("a-overlay.png").read_bytes()
+    expected = "expected different files for"
+    message = fails(capsys, "segment", photo, "-o", "b.png", "--overlay", tmp_path / "b.png")
+    assert f"{expected} the label map and the overlay" in message
+    message = fails(capsys, "segment", "a-overlay.png", "-o", tmp_path / "a-overlay.png")
+    assert f"{expected} the image and the label map" in message
+    message = fails(capsys, "segment", "a-overlay.png", "-o", "a.png")
+    assert f"{expected} the image and the overlay" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["a-overlay.png"]
+    assert Path("a-overlay.png").read_bytes() == before
+
+
+def test_a_folder_does_not_hide_shipped_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("voc-fcn").mkdir()
+    assert cli._weights("voc-fcn") == SHIPPED / "voc-fcn.safetensors"
+    Path("mine").write_bytes(b"")
+    assert cli._weights("mine") == Path("mine")
+
+
 def test_networks_of_different_classes(
     photo: str, tmp_path: Path, networks: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -710,13 +820,17 @@ def test_submit(
         image = read_image(shapes_root / "JPEGImages" / f"{name}.jpg")
         assert read_label_map(tmp_path / path, 13).shape == image.shape[1:]
 
-    # Given again, it does what is missing and nothing else.
+    # Given again, it does what is missing and nothing else, and packs nothing else that is there.
     kept, lost = (tmp_path / path for path in inside)
     before = lost.read_bytes()
     lost.unlink()
     kept.write_bytes(b"kept")
+    for stray in (f".{lost.name}.x1.png", "another.png"):  # a killed writer's, a longer split's
+        (lost.parent / stray).write_bytes(b"stray")
     assert main(command) == 0
     assert kept.read_bytes() == b"kept"
+    with tarfile.open(archive) as packed:
+        assert packed.getnames() == inside
     assert lost.read_bytes() == before
     capsys.readouterr()
     others = "settings.json: the label maps there were made with other weights or"

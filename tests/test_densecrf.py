@@ -114,6 +114,17 @@ def test_without_kernels_it_is_the_softmax():
     np.testing.assert_allclose(field.inference(3), probabilities, rtol=1e-6)
 
 
+@pytest.mark.parametrize("compat", [(3, 3), [3.0], np.full(2, 3), np.eye(2)])
+def test_compatibilities_other_than_potts_are_refused(compat):
+    """Also equal ones: pydensecrf takes (3, 3) for a diagonal, the Potts model's other sign."""
+    field = ours.DenseCRF2D(5, 4, 2)
+    with pytest.raises(TypeError, match="compat must be one number here, the weight of a Potts"):
+        field.addPairwiseGaussian(3, compat)
+    with pytest.raises(TypeError, match="compat must be one number here, the weight of a Potts"):
+        field.addPairwiseBilateral(20, 3, np.zeros((4, 5, 3), np.uint8), compat)
+    field.addPairwiseGaussian(3, np.float32(3))
+
+
 def test_wrong_use_is_refused():
     field = ours.DenseCRF2D(5, 4, 2)
     with pytest.raises(RuntimeError, match="setUnaryEnergy before inference"):

@@ -308,6 +308,17 @@ def test_fine_tuning_by_command(
     assert "background" in capsys.readouterr().out
 
 
+def test_lists_of_windows_notepad_are_read(beach: Path) -> None:
+    """It puts a byte order mark before the first name."""
+    for name, text in (("classes.txt", CLASSES), ("train.txt", "walk 3\nwalk 5.png\n")):
+        (beach / name).write_text(text, encoding="utf-8-sig")
+    dataset = open_dataset(beach, "train")
+    assert (dataset.class_names, dataset.names) == (NAMES, ["walk 3", "walk 5"])
+    (beach / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (beach / "ImageSets" / "Segmentation" / "val.txt").write_text("a\n", encoding="utf-8-sig")
+    assert voc.read_split(beach, "val") == ["a"]
+
+
 def test_fine_tuning_from_the_weights_for_photographs(beach: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = ["train", "--data", str(beach), "--quiet", "--recipe", "compact", "--stage", "2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -201,8 +202,38 @@ def test_killed_while_a_checkpoint_is_written(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_log_ahead_of_the_checkpoint_is_cut_back_though_nothing_is_left_to_do(
+    tmp_path: Path,
+) -> None:
+    stage = replace(STAGE, log_every=1)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", stage, Crops(kill_at(22, killed)))
+    assert [row["iteration"] for row in log(tmp_path / "parts")] == ["1", "2", "3", "4", "5"]
+    for name in ("parts", "whole"):
+        run(tmp_path / name, replace(stage, iterations=4))
+    assert checkpoint(tmp_path / "parts")["iteration"] == 4
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the full disk."""
+    resource = pytest.importorskip("resource", reason="only on Unix")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run(tmp_path, replace(STAGE, iterations=4))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt: could not be written in full"):
+            run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "log.csv"]
+
+
 @pytest.mark.parametrize("resume", [True, False])
-def test_what_a_killed_writer_left_is_removed(tmp_path: Path, resume: bool) -> None:
+@pytest.mark.parametrize("name", ["checkpoint.pt", "weights.safetensors"])
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path, name: str, resume: bool) -> None:
     """A process that is killed while it saves cannot tidy up: the next one does."""
     script = (
         "import os, signal, sys\n"
@@ -211,9 +242,9 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path, resume: bool) -> N
         "    temporary.write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "checkpoint.pt")])
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / name)])
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".checkpoint.pt.")
+    assert left.name.startswith(f".{name}.")
     run(tmp_path, replace(STAGE, iterations=1), resume=resume)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "log.csv"]
 
@@ -245,6 +276,15 @@ def test_sigkill_at_a_random_moment(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Tests in the background of a script would inherit that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_finishes_the_update_and_saves_it(tmp_path: Path) -> None:
     run(tmp_path / "whole")
     press = partial(os.kill, os.getpid(), signal.SIGINT)
@@ -257,6 +297,31 @@ def test_ctrl_c_finishes_the_update_and_saves_it(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
+@pytest.mark.parametrize("moment", ["validation", "save"])
+def test_ctrl_c_at_the_very_end_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def validate(model: nn.Module) -> float:
+        if moment == "validation":
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    def save(state: dict, path: Path) -> None:
+        if moment == "save":
+            os.kill(os.getpid(), signal.SIGINT)
+        torch_save(state, path)
+
+    torch_save = torch.save
+    stage = replace(STAGE, validate_every=9, checkpoint_every=9)  # both at the end only
+    run(tmp_path / "whole", stage, validate=lambda model: 1.0)
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stage, validate=validate)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     press = partial(os.kill, os.getpid(), signal.SIGINT)
     dataset = Crops(lambda draw: press() if draw in (20, 21) else None)
@@ -281,6 +346,17 @@ def test_interrupts_are_the_main_threads_affair() -> None:
     assert seen == [False]
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
+def test_ignored_interrupts_stay_ignored() -> None:
+    """A shell script's ``command &`` starts that way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with deferred_interrupt() as interrupted:
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupted()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 def test_finished_run_is_left_alone_and_can_be_made_longer(tmp_path: Path) -> None:
     run(tmp_path / "whole", replace(STAGE, iterations=12))
     run(tmp_path / "parts")
@@ -296,6 +372,25 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     run(tmp_path / "two", replace(STAGE, workers=2))
     assert log(tmp_path / "none") == log(tmp_path / "two")
     assert_same(checkpoint(tmp_path / "none")["model"], checkpoint(tmp_path / "two")["model"])
+
+
+def unreadable(draw: int) -> None:
+    if draw == 6:
+        raise OSError("damaged")
+
+
+def no_score(model: nn.Module) -> float:
+    raise OSError("damaged")
+
+
+@pytest.mark.parametrize(
+    ("on_draw", "validate"), [(unreadable, None), (int, no_score)], ids=["worker", "validation"]
+)
+def test_workers_end_with_the_training_that_fails(tmp_path: Path, on_draw, validate) -> None:
+    with pytest.raises(OSError, match="damaged") as kept:  # with its traceback, as in Jupyter
+        run(tmp_path, replace(STAGE, workers=2), Crops(on_draw), validate=validate)
+    assert kept.tb is not None
+    assert multiprocessing.active_children() == []
 
 
 def test_resume_false_forgets_the_old_run(tmp_path: Path) -> None:
@@ -737,6 +832,17 @@ def test_crop_loss_is_the_mean_over_all_valid_pixels() -> None:
         assert crop_loss(model, dataset, crops, batch=2) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("crops", [4, 0])
+def test_crop_loss_of_void_alone_is_no_perfect_score(crops: int) -> None:
+    class Void(Crops):
+        def __getitem__(self, key):
+            image, labels = super().__getitem__(key)
+            return image, torch.full_like(labels, 255)
+
+    with pytest.raises(ValueError, match=rf"not void \(255\), found none in {crops} of its 10"):
+        crop_loss(fcn().eval(), Void(), crops)
+
+
 def test_synchronised_norms_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several GPUs replace batch norm in place; the caller gets the model's own back."""
 
@@ -785,6 +891,7 @@ def test_ctrl_c_in_one_process_stops_all(tmp_path: Path) -> None:
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_training import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "rank = training.join_processes()[0]\n"
         "pressed = []\n"
         "def press(draw):\n"

@@ -9,6 +9,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -155,7 +156,13 @@ class TestImages:
         with pytest.raises(ValueError, match="huge.png: expected an image file, got Image size"):
             voc.read_image(tmp_path / "huge.png")
 
-    def test_sixteen_bits_are_refused(self, tmp_path):
+    def test_of_colours_of_sixteen_bits_the_upper_eight_are_read(self, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 1 << 16, (5, 4, 3), np.uint16)
+        cv2.imwrite(str(tmp_path / "deep.png"), pixels[..., ::-1])
+        expected = (pixels >> 8).astype(np.uint8).transpose(2, 0, 1)
+        assert voc.read_image(tmp_path / "deep.png").numpy().tolist() == expected.tolist()
+
+    def test_grey_of_sixteen_bits_is_refused(self, tmp_path):
         Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
         with pytest.raises(ValueError, match="deep.png: expected 8 bits"):
             voc.read_image(tmp_path / "deep.png")
