@@ -54,6 +54,11 @@ def cpu_has_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
+def cpu_has_matrix_units() -> bool:
+    """Whether this CPU multiplies whole tiles of bfloat16 in one instruction (AMX)."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 @functools.cache
 def compiled_kernels() -> ModuleType | None:
     """:mod:`deconvnet.kernels`, or None where Numba, which compiles them, is not at hand."""

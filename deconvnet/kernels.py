@@ -48,10 +48,14 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         As :func:`deconvnet.unpooling.max_pool2d_with_switches`, without a gradient.
     """
-    wide = x if x.element_size() >= 4 else x.float()  # Numba does not know 16 bits
-    pooled = _empty(wide, (x.shape[-2] // 2, x.shape[-1] // 2))
+    if x.dtype == torch.bfloat16:
+        readable = x.view(torch.uint16)  # which _number understands
+    else:
+        readable = x.float() if x.dtype == torch.float16 else x  # Numba does not know that one
+    wide = torch.promote_types(x.dtype, torch.float32)
+    pooled = _empty(x, (x.shape[-2] // 2, x.shape[-1] // 2), wide)
     switches = torch.empty_like(pooled, dtype=torch.uint8)
-    _share_rows((_pool_planes, _pool_pixels), wide, pooled, switches)
+    _share_rows((_pool_planes, _pool_pixels), readable, pooled, switches)
     return pooled.to(x.dtype), switches
 
 
@@ -97,6 +101,22 @@ def _largest(a, b, c, d):
 
 
 @_loop
+def _widened(bits):
+    """A bfloat16 by its 16 bits: the first half of the float32 of the same value."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+def _number(x):
+    """What a loop has read, as a number: Numba does not know bfloat16, only its bits."""
+    return _widened(x) if isinstance(x, np.uint16) else x
+
+
+@numba.extending.overload(_number)
+def _compiled_number(x):
+    return (lambda x: _widened(x)) if x == numba.types.uint16 else (lambda x: x)
+
+
+@_loop
 def _pool_pixels(start, stop, x, pooled, switches):
     height, width, channels = pooled.shape[1:]
     for row in range(start, stop):
@@ -104,10 +124,10 @@ def _pool_pixels(start, stop, x, pooled, switches):
         for j in range(width):
             for k in range(channels):
                 pooled[n, i, j, k], switches[n, i, j, k] = _largest(
-                    x[n, 2 * i, 2 * j, k],
-                    x[n, 2 * i, 2 * j + 1, k],
-                    x[n, 2 * i + 1, 2 * j, k],
-                    x[n, 2 * i + 1, 2 * j + 1, k],
+                    _number(x[n, 2 * i, 2 * j, k]),
+                    _number(x[n, 2 * i, 2 * j + 1, k]),
+                    _number(x[n, 2 * i + 1, 2 * j, k]),
+                    _number(x[n, 2 * i + 1, 2 * j + 1, k]),
                 )
 
 
@@ -118,10 +138,10 @@ def _pool_planes(start, stop, x, pooled, switches):
         n, i = row // height, row % height
         for j in range(width):
             pooled[n, i, j], switches[n, i, j] = _largest(
-                x[n, 2 * i, 2 * j],
-                x[n, 2 * i, 2 * j + 1],
-                x[n, 2 * i + 1, 2 * j],
-                x[n, 2 * i + 1, 2 * j + 1],
+                _number(x[n, 2 * i, 2 * j]),
+                _number(x[n, 2 * i, 2 * j + 1]),
+                _number(x[n, 2 * i + 1, 2 * j]),
+                _number(x[n, 2 * i + 1, 2 * j + 1]),
             )
 
 
@@ -187,10 +207,10 @@ def _gather_planes(start, stop, x, gathered, switches):
             )
 
 
-def _empty(x: Tensor, size: Sequence[int]) -> Tensor:
+def _empty(x: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a map of another height and width than ``x``, in its format."""
     layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    return torch.empty((*x.shape[:-2], *size), dtype=x.dtype, memory_format=layout)
+    return torch.empty((*x.shape[:-2], *size), dtype=dtype or x.dtype, memory_format=layout)
 
 
 def _bits(x: Tensor) -> Tensor:

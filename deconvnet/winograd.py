@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deconvnet.hardware import compiled_kernels
+from deconvnet.hardware import compiled_kernels, cpu_has_matrix_units
 
 CACHE_BYTES = 2**24
 """A map of this size stays in a processor's last cache, and its memory is used again: far larger
@@ -63,7 +63,8 @@ def winograd(
 
     The way there and back costs the same for each channel, what it saves grows with the number
     of channels: it pays from 128 on (from 64 on where loops are compiled), in 16 bits (where
-    multiplying is cheap) from 256 on. In 16 bits the larger tile would round too coarsely.
+    multiplying is cheap) from 256 on, and never where the hardware has units that multiply whole
+    matrices of bfloat16. In 16 bits the larger tile would round too coarsely.
     """
     c = convolution
     shape = c.kernel_size, c.stride, c.padding, c.dilation, c.groups
@@ -71,6 +72,8 @@ def winograd(
     full = dtype.itemsize >= 4
     pays_from = (64 if compiled else 128) if full else 256
     if not fits or min(c.in_channels, c.out_channels) < pays_from:
+        return c
+    if dtype == torch.bfloat16 and cpu_has_matrix_units():
         return c
     return WinogradConvolution(c, 4, compiled) if full else WinogradConvolution(c, 2)
 

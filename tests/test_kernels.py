@@ -79,11 +79,14 @@ def test_same_values_as_tensors(
             assert ours.is_contiguous() == expected.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_what_is_compiled_is_what_stands_there(layout: str) -> None:
+def test_what_is_compiled_is_what_stands_there(layout: str, dtype: torch.dtype) -> None:
     """The loops as plain Python: what a reader, and the coverage, sees of them."""
-    x = a_map((2, 3, 4, 6), layout, torch.float32)
+    x = a_map((2, 3, 4, 6), layout, dtype)
+    read = x.view(torch.uint16) if dtype == torch.bfloat16 else x
     pooled, switches = kernels.max_pool(x)
+    x, pooled = x.float(), pooled.float()
     kinds = "pixels" if layout == "channels_last" else "planes"
 
     def array(x: Tensor) -> np.ndarray:
@@ -92,7 +95,7 @@ def test_what_is_compiled_is_what_stands_there(layout: str) -> None:
     arrays = [np.zeros_like(array(t)) for t in (pooled, switches, x, pooled)]
     rows = arrays[0].shape[0] * arrays[0].shape[1]
     loop = {name: getattr(kernels, f"_{name}_{kinds}").py_func for name in ("pool", "unpool")}
-    loop["pool"](0, rows, array(x), *arrays[:2])
+    loop["pool"](0, rows, array(read), *arrays[:2])
     np.testing.assert_array_equal(arrays[0], array(pooled))
     np.testing.assert_array_equal(arrays[1], array(switches))
     loop["unpool"](0, rows, arrays[2], array(pooled), array(switches))
