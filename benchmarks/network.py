@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from deconvnet.deployment import (
     ConvolutionOfAll,
     DeconvolutionToAll,
+    ScoresByPlane,
     prepare_for_inference,
 )
 from deconvnet.evaluation import provenance, record
@@ -112,7 +113,7 @@ def main() -> None:
     layers = {name: parts_of(steps[name], crops[:10]) for name in dict.fromkeys(uniform)}
     trained = load_model(pretrained("shapes-deconvnet"), device).eval()
     accuracy = {
-        "trained, tiny": accuracy_of(trained, natural_crops(400, 64).to(device), best_dtype),
+        "trained, tiny": accuracy_of(trained, natural_crops(2000, 64).to(device), best_dtype),
         f"random, {options.recipe}": accuracy_of(model, crops[:10], best_dtype),
     }
     baseline = seconds["plain port"]
@@ -211,6 +212,7 @@ def parts_of(network: nn.Module, crops: Tensor) -> dict[str, float]:
     torch.set_num_threads(1)
     kinds = {
         nn.Conv2d: "direct convolutions",
+        ScoresByPlane: "direct convolutions",
         WinogradConvolution: "Winograd's convolutions",
         ConvolutionOfAll: "fc layers",
         DeconvolutionToAll: "fc layers",

@@ -62,7 +62,7 @@ def main() -> None:
     image = photograph(*SIZE)
     result: dict = {"size": list(SIZE), "proposals": options.proposals, "batch": options.batch}
     for name in options.networks:
-        for precision in dict.fromkeys(("float32", dtype_name(choose_precision("auto", device)))):
+        for precision in precisions(device):
             model = make_network(name, device, precision)
             counts = options.proposals, options.batch
             seconds = best_of(options.rounds, model, image.to(device), *counts)
@@ -93,13 +93,26 @@ def main() -> None:
         print(row)
 
 
+def precisions(device: torch.device) -> list[str]:
+    """The number formats to measure, as :func:`make_network` takes them."""
+    fastest = dtype_name(choose_precision("auto", device))
+    if fastest == "float32" or device.type != "cpu":
+        return list(dict.fromkeys(("float32", fastest)))
+    return ["float32", fastest, f"{fastest} throughout"]
+
+
 def make_network(name: str, device: torch.device, precision: str) -> nn.Module:
-    """The full network without training, or the tiny one that comes with the package."""
+    """The full network without training, or the tiny one that comes with the package.
+
+    "Throughout" means the encoder too, as the ``Predictor``'s ``precision="auto"`` has it.
+    """
+    dtype = getattr(torch, precision.split()[0])
+    encoder_dtype = dtype if precision.endswith("throughout") else None
     if name == "full":
         model = untrained_but_lively(DeconvNet(ModelConfig()))
     else:
         model = load_model(pretrained("shapes-deconvnet"))
-    return prepare_for_inference(model.to(device).eval(), getattr(torch, precision))
+    return prepare_for_inference(model.to(device).eval(), dtype, encoder_dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

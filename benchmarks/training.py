@@ -3,12 +3,14 @@
     OMP_NUM_THREADS=2 python benchmarks/training.py --json
 
 Each way runs in a process of its own, whose peak memory is hence its own: float32 and, where the
-hardware has it, 16 bits, with and without ``recompute``. An update takes ``--batch`` crops,
-``--micro-batch`` at a time (gradients accumulate); on a CPU two of the micro-batches are timed,
-and the time of all is what they imply, plus the optimiser's step. The utilisation counts three
-times the forward pass's operations (the backward pass has twice as many; recomputing adds none
-that count) by the peak of the same number format, a large matrix product or convolution. Last, the
-data path alone: crops a second that one process cuts, resizes and flips.
+hardware has it, 16 bits; ``plain`` as a user of the network would write it, then with the fc
+layers as matrix products, then with memory in huge pages too, as ``deconvnet train`` has it, and
+last with ``recompute`` as well. An update takes ``--batch`` crops, ``--micro-batch`` at a time
+(gradients accumulate); on a CPU the better of two micro-batches counts, and the time of all is
+what it implies, plus the optimiser's step. The utilisation counts three times the forward pass's
+operations (the backward pass has twice as many; recomputing adds none that count) by the peak of
+the same number format, a large matrix product or convolution. Last, the data path alone: crops a
+second that one process cuts, resizes and flips.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 from network import natural_crops, operations, peak, peak_mebibytes
 from torch.utils.data import DataLoader
 
+from deconvnet.deployment import matrix_products
 from deconvnet.evaluation import provenance, record
 from deconvnet.hardware import autocast, choose_precision, default_device
 from deconvnet.instances import InstanceConfig, Stage1Dataset, StreamSampler, balanced_indices
@@ -35,6 +38,8 @@ from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.shapes import write_shapes
 from deconvnet.training import StageConfig, make_optimizer, pixel_loss, prepare_worker, recomputed
 from deconvnet.voc import VOCDataset
+
+KINDS = ("plain", "products", "huge pages", "recomputed")
 
 
 def main() -> None:
@@ -45,14 +50,14 @@ def main() -> None:
     parser.add_argument("--recipe", choices=("full", "tiny"), default="full", help="which network")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", help="also write it to this file")
-    parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)  # in this process
+    parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)  # its dtype and kind, here
     options = parser.parse_args()
 
     device = default_device()
     micro = options.micro_batch or (32 if device.type == "cuda" else 4)
     if options.way:
-        dtype, recompute = getattr(torch, options.way[0]), options.way[1] == "True"
-        found = one_way(options.recipe, device, dtype, recompute, options.batch, micro)
+        dtype, kind = getattr(torch, options.way[0]), options.way[1]
+        found = one_way(options.recipe, device, dtype, kind, options.batch, micro)
         print(json.dumps(found))
         return
     config = ModelConfig() if options.recipe == "full" else ModelConfig.tiny()
@@ -67,8 +72,8 @@ def main() -> None:
     dtypes = dict.fromkeys((torch.float32, choose_precision("auto", device)))
     peaks = {str(d).removeprefix("torch."): peak(device, d) for d in dtypes}
     for dtype, hardware in peaks.items():
-        for recompute in (False, True):
-            way = in_a_fresh_process(options, micro, dtype, recompute)
+        for kind in KINDS:
+            way = in_a_fresh_process(options, micro, dtype, kind)
             share = way["crops_a_second"] * 3 * forward / hardware
             result["ways"].append(way | {"share_of_peak": round(share, 3)})
             if not options.json:
@@ -89,7 +94,7 @@ def one_way(
     recipe: str,
     device: torch.device,
     dtype: torch.dtype,
-    recompute: bool,
+    kind: str,
     batch: int,
     micro: int,
 ) -> dict:
@@ -120,14 +125,16 @@ def one_way(
         optimizer.zero_grad()
         return wait() - start
 
-    with recomputed(model) if recompute else nullcontext():
+    faster = nullcontext() if kind == "plain" else matrix_products(model)
+    saving = recomputed(model) if kind == "recomputed" else nullcontext()
+    with faster, saving:
         learn(), step()  # warms up, and makes the momenta
         times = [learn() for _ in range(10 if device.type == "cuda" else 2)]
         update = step()
     seconds = min(times) * (batch / micro) + update
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "recompute": recompute,
+        "kind": kind,
         "crops_a_second": round(batch / seconds, 3),
         "seconds_a_micro_batch": round(min(times), 3),
         "seconds_optimizer": round(update, 3),
@@ -136,17 +143,19 @@ def one_way(
     }
 
 
-def in_a_fresh_process(
-    options: argparse.Namespace, micro: int, dtype: str, recompute: bool
-) -> dict:
+def in_a_fresh_process(options: argparse.Namespace, micro: int, dtype: str, kind: str) -> dict:
     """:func:`one_way` in a process of its own."""
-    command = [sys.executable, __file__, "--way", dtype, str(recompute), "--recipe", options.recipe]
+    command = [sys.executable, __file__, "--way", dtype, kind, "--recipe", options.recipe]
     answer = subprocess.run(
         [*command, "--batch", str(options.batch), "--micro-batch", str(micro)],
         check=True,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "THP_MEM_ALLOC_ENABLE": str(int(kind in ("huge pages", "recomputed"))),
+        },
     )
     return json.loads(answer.stdout.splitlines()[-1])
 

@@ -8,11 +8,11 @@ rewrites a copy of it by seven rules, none of which changes what it computes but
 2. *A stride-1 deconvolution is a convolution* with the kernel turned by 180 degrees and the
    channels exchanged, for which processors have faster code.
 3. *A convolution over all of its input is a matrix product*: ``fc6`` sees the whole 7 x 7 map at
-   once, and its mirror image draws the whole of it.
+   once, and its mirror image draws the whole of it. (Training keeps this rule as well.)
 4. *Maps stay in the cache.* Each block takes only as many crops at once as its maps fit there,
    and the library's own pooling and unpooling, with eight bytes a place, work on such a part.
 5. *Neighbouring outputs share multiplications*: :mod:`deconvnet.winograd` needs a quarter of
-   them where a map has many channels.
+   them where a map has many channels and the processor no units that multiply matrices.
 6. *Loops pass over memory once*, compiled by Numba where that is installed: pooling, unpooling and
    Winograd's sums. Each processor core takes its own crops through a block.
 7. *Sixteen bits are enough* where the hardware multiplies them, but for two choices. The encoder
@@ -25,7 +25,8 @@ libraries do the like on their own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +87,12 @@ def prepare_for_inference(
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast.prepared = True
     fold_batch_norm(fast)
-    if isinstance(fast, DeconvNet):
-        fast.fc6[0], fast.fc7[0] = ConvolutionOfAll(fast.fc6[0]), ConvolutionOfAll(fast.fc7[0])
-        fast.fc6_deconv[0] = DeconvolutionToAll(fast.fc6_deconv[0])
-    _replace(fast, nn.ConvTranspose2d, lambda d: as_convolution(d) if d.stride == (1, 1) else d)
+    products = as_matrix_products(fast)
+    _replace(
+        fast,
+        nn.ConvTranspose2d,
+        lambda d: as_convolution(d) if d.stride == (1, 1) and d not in products else d,
+    )
     for name, part in fast.named_children():
         chooses = name in ("encoder", "score") and isinstance(fast, DeconvNet)
         part_dtype = encoder_dtype if chooses else dtype
@@ -110,6 +113,7 @@ def prepare_for_inference(
             at_once = crops_at_once(widths, side, encoder_dtype, threads)
             fast.encoder = EncoderInParts(fast.encoder, at_once, compiled, shared)
             at_once = crops_at_once(widths, side, dtype, threads)
+            fast.score[1].__class__ = ScoresByPlane
             fast.decoder = DecoderInParts(fast.decoder, fast.score, at_once, compiled, shared)
             fast.score = nn.Identity()  # the decoder's last block does it, part by part
     return fast
@@ -131,44 +135,65 @@ class CastTo(nn.Module):
         return x.to(self.dtype)
 
 
-class ConvolutionOfAll(nn.Module):
-    """A convolution whose kernel is as large as its input, as a matrix product.
-
-    Args:
-        convolution: ``[C, k, k]`` to ``[D, 1, 1]``, without padding.
-    """
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        # channels last in memory, on both sides of the product: then flattening copies nothing
-        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
-        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        self.bias = convolution.bias
+class ConvolutionOfAll(nn.Conv2d):
+    """A convolution whose kernel is as large as its input, computed as a matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[N, D, 1, 1]`` for ``x`` of ``[N, C, k, k]``."""
-        flat = x.permute(0, 2, 3, 1).flatten(1)
-        return nn.functional.linear(flat, self.weight, self.bias)[:, :, None, None]
+        # what lies channels-last in memory is flattened without a copy
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix, self.bias)[:, :, None, None]
 
 
-class DeconvolutionToAll(nn.Module):
-    """A deconvolution of a single vector, as a matrix product.
-
-    Args:
-        deconvolution: ``[C, 1, 1]`` to ``[D, k, k]``, without padding.
-    """
-
-    def __init__(self, deconvolution: nn.ConvTranspose2d) -> None:
-        super().__init__()
-        weight = deconvolution.weight.permute(2, 3, 1, 0)  # [k, k, D, C]
-        self.size = weight.shape[:3]
-        self.weight = nn.Parameter(weight.flatten(0, 2).contiguous(), requires_grad=False)
-        self.bias = deconvolution.bias
+class DeconvolutionToAll(nn.ConvTranspose2d):
+    """A deconvolution of a single vector, computed as a matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[N, D, k, k]``, channels-last, for ``x`` of ``[N, C, 1, 1]``."""
-        map_ = nn.functional.linear(x.flatten(1), self.weight).unflatten(1, self.size)
-        return (map_ + self.bias).permute(0, 3, 1, 2)
+        weight = self.weight.permute(0, 2, 3, 1)
+        maps = (x.flatten(1) @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+        return (maps + self.bias).permute(0, 3, 1, 2)
+
+
+def as_matrix_products(model: nn.Module) -> dict[nn.Module, type]:
+    """Rule 3, in place: a DeconvNet's fc layers compute as the matrix products that they are.
+
+    A library brings the large kernel of a convolution into an order of its own, and its gradient
+    back, which takes longer than the product where crops are few.
+
+    Args:
+        model: A :class:`~deconvnet.model.DeconvNet`, or a network around one. Its layers change
+            their class, but neither weights nor names; any other network stays as it is.
+
+    Returns:
+        The layers, and the class that each had before.
+    """
+    before: dict[nn.Module, type] = {}
+    for network in model.modules():
+        if isinstance(network, DeconvNet):
+            for part, kind in (
+                (network.fc6, ConvolutionOfAll),
+                (network.fc7, ConvolutionOfAll),
+                (network.fc6_deconv, DeconvolutionToAll),
+            ):
+                before[part[0]] = type(part[0])
+                part[0].__class__ = kind
+    return before
+
+
+@contextmanager
+def matrix_products(model: nn.Module) -> Iterator[None]:
+    """Rule 3 for as long as a network learns; afterwards its layers are what they were.
+
+    Args:
+        model: As for :func:`as_matrix_products`.
+    """
+    before = as_matrix_products(model)
+    try:
+        yield
+    finally:
+        for layer, kind in before.items():
+            layer.__class__ = kind
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
@@ -300,6 +325,17 @@ class EncoderInParts(nn.Module):
             x, where = map(_joined, zip(*[pool(block(part)) for part in x.split(count)]))
             switches.append(where)
         return x, *switches
+
+
+class ScoresByPlane(nn.Conv2d):
+    """A 1 x 1 convolution whose output lies plane by plane: in that order scores are pasted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``[N, D, H, W]``, contiguous, for ``x`` of ``[N, C, H, W]``, channels-last."""
+        scores = x.new_empty(len(x), self.out_channels, *x.shape[2:])
+        for pixels, planes in zip(x.flatten(2), scores.flatten(2)):
+            torch.addmm(self.bias[:, None], self.weight.flatten(1), pixels, out=planes)
+        return scores
 
 
 class DecoderInParts(nn.Module):

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from deconvnet.deployment import matrix_products
 from deconvnet.files import atomic_write
 from deconvnet.hardware import (
     PRECISIONS,
@@ -242,7 +243,8 @@ class _Run:
         )
         self.train_mode()
         saving = recomputed(self.model) if stage.recompute else nullcontext()
-        with bar, saving, self.batches() as batches, deferred_interrupt() as interrupted:
+        faster = matrix_products(self.model)
+        with bar, saving, faster, self.batches() as batches, deferred_interrupt() as interrupted:
             clock = time.perf_counter()
             while self.progress() < 1:
                 self.set_seed()

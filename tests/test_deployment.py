@@ -8,14 +8,18 @@ from torch import nn
 
 from deconvnet import deployment, winograd
 from deconvnet.deployment import (
+    ConvolutionOfAll,
+    DeconvolutionToAll,
     as_convolution,
     crops_at_once,
     library_pool,
     library_unpool,
+    matrix_products,
     prepare_for_inference,
 )
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.model import DeconvNet, ModelConfig
+from deconvnet.supervision import DeeplySupervised
 from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
 
 
@@ -132,9 +136,47 @@ def test_as_convolution_refuses_what_it_cannot_turn(options: dict[str, int]) -> 
         as_convolution(nn.ConvTranspose2d(3, 3, 3, **options))
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_matrix_products_learn_as_the_convolutions_do(channels_last: bool) -> None:
+    """Scores and gradients; afterwards the layers are what they were."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = lively(DeconvNet(ModelConfig.tiny(5))).double().train().to(memory_format=layout)
+    crops = images(64, count=3)
+
+    def learn() -> list[torch.Tensor]:
+        model.zero_grad()
+        scores = model(crops)
+        scores.square().mean().backward()
+        parts = (model.fc6, model.fc7, model.fc6_deconv)
+        return [scores, *(p.grad for part in parts for p in part[0].parameters())]
+
+    before, names = learn(), list(model.state_dict())
+    with matrix_products(DeeplySupervised(model)):  # finds the network in what surrounds it
+        kinds = [type(part[0]) for part in (model.fc6, model.fc7, model.fc6_deconv)]
+        assert kinds == [ConvolutionOfAll, ConvolutionOfAll, DeconvolutionToAll]
+        assert list(model.state_dict()) == names
+        for actual, expected in zip(learn(), before, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+        # a copy made meanwhile has its own weights
+        fast = prepare_for_inference(model, torch.float64)
+    kinds = [type(part[0]) for part in (model.fc6, model.fc7, model.fc6_deconv)]
+    assert kinds == [nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d]
+    with torch.no_grad():
+        expected = model.eval()(crops)
+        model.fc6[0].weight.zero_()
+        torch.testing.assert_close(fast(crops), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_any_other_network_stays_as_it_is() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 2))
+    with matrix_products(network):
+        assert type(network[0]) is nn.Conv2d
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_rules_at_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide enough for Winograd, too large for a cache that is as small as this."""
+    monkeypatch.setattr(winograd, "cpu_has_matrix_units", lambda: False)  # which do without
     for module in (deployment, winograd):
         monkeypatch.setattr(module, "CACHE_BYTES", 2**20)
     config = ModelConfig(5, (64, 128, 256, 256, 256), fc_width=64, input_size=64)
@@ -150,6 +192,16 @@ def test_all_rules_at_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     # a switch that rounding moves weighs more than the rounding
     assert error < (1e-2 if dtype == torch.float32 else 0.3)
     assert (one_by_one - scores).square().mean().sqrt() < error + 1e-5
+
+
+def test_scores_lie_plane_by_plane_on_a_cpu() -> None:
+    """As they are pasted, so that nothing has to bring them into that order."""
+    model = lively(DeconvNet(ModelConfig.tiny(5)))
+    crops = images(64, count=3)
+    scores = prepare_for_inference(model)(crops)
+    assert scores.is_contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(scores, model(crops), rtol=1e-3, atol=1e-4)
 
 
 def test_maps_fit_the_cache() -> None:

@@ -39,17 +39,24 @@ def test_winograd_without_a_bias() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "widths", "tile"),
+    ("dtype", "widths", "matrix_units", "tile"),
     [
-        (torch.float32, (128, 128), 4),
-        (torch.float32, (64, 128), None),
-        (torch.bfloat16, (256, 256), 2),
-        (torch.bfloat16, (128, 256), None),
+        (torch.float32, (128, 128), True, 4),
+        (torch.float32, (64, 128), True, None),
+        (torch.bfloat16, (256, 256), False, 2),
+        (torch.bfloat16, (256, 256), True, None),
+        (torch.float16, (256, 256), True, 2),
+        (torch.bfloat16, (128, 256), False, None),
     ],
 )
 def test_winograd_where_it_pays(
-    dtype: torch.dtype, widths: tuple[int, int], tile: int | None
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    matrix_units: bool,
+    tile: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("deconvnet.winograd.cpu_has_matrix_units", lambda: matrix_units)
     chosen = winograd(a_convolution(*widths), dtype)
     assert getattr(chosen, "tile", None) == tile
 
