@@ -5,12 +5,13 @@
 Each way runs in a process of its own, whose peak memory is hence its own: float32 and, where the
 hardware has it, 16 bits; ``plain`` as a user of the network would write it, then with the fc
 layers as matrix products, then with memory in huge pages too, as ``deconvnet train`` has it, and
-last with ``recompute`` as well. An update takes ``--batch`` crops, ``--micro-batch`` at a time
-(gradients accumulate); the best of a few micro-batches counts, and the time of all is what it
-implies, plus the optimiser's step. The ways take turns, and the best of the rounds counts. The utilisation counts three times the forward pass's
-operations (the backward pass has twice as many; recomputing adds none that count) by the peak of
-the same number format, a large matrix product or convolution. Last, the data path alone: crops a
-second that one process cuts, resizes and flips.
+last with ``recompute`` as well. The ways take turns, and the best of the rounds counts.
+
+An update takes ``--batch`` crops, ``--micro-batch`` at a time (gradients accumulate); the best of
+a few micro-batches counts, and the time of all is what it implies, plus the optimiser's step. The
+utilisation counts three times the forward pass's operations (the backward pass has twice as many;
+recomputing adds none that count) by the peak of the same number format, a large matrix product or
+convolution. Last, the data path alone: crops a second that one process cuts, resizes and flips.
 """
 
 from __future__ import annotations

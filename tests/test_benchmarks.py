@@ -64,7 +64,8 @@ def test_pipeline() -> None:
 
 
 def test_training() -> None:
-    found = answer("training", "--recipe", "tiny", "--batch", "4", "--micro-batch", "2")
+    options = ("--recipe", "tiny", "--rounds", "1", "--batch", "4", "--micro-batch", "2")
+    found = answer("training", *options)
     kinds = {way["kind"] for way in found["ways"]}
     assert kinds == {"plain", "products", "huge pages", "recomputed"}
     assert all(way["crops_a_second"] > 0 for way in found["ways"])
