@@ -11,7 +11,8 @@ An update takes ``--batch`` crops, ``--micro-batch`` at a time (gradients accumu
 a few micro-batches counts, and the time of all is what it implies, plus the optimiser's step. The
 utilisation counts three times the forward pass's operations (the backward pass has twice as many;
 recomputing adds none that count) by the peak of the same number format, a large matrix product or
-convolution. Last, the data path alone: crops a second that one process cuts, resizes and flips.
+convolution. ``shares`` says where one more micro-batch's time went, by PyTorch's profiler. Last,
+the data path alone: crops a second that one process cuts, resizes and flips.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from pathlib import Path
 
 import torch
 from network import natural_crops, operations, peak, peak_mebibytes
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from deconvnet.deployment import matrix_products
@@ -138,6 +141,9 @@ def one_way(
         learn(), step()  # warms up, and makes the momenta
         times = [learn() for _ in range(10 if device.type == "cuda" else 3)]
         update = step()
+        peak_memory = peak_mebibytes(device)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            learn()
     seconds = min(times) * (batch / micro) + update
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -146,8 +152,25 @@ def one_way(
         "seconds_a_micro_batch": round(min(times), 3),
         "seconds_optimizer": round(update, 3),
         "seconds_an_update": round(seconds, 2),
-        "peak_mebibytes": peak_mebibytes(device),
+        "peak_mebibytes": peak_memory,
+        "shares": {} if device.type == "cuda" else shares(profiler, model),
     }
+
+
+def shares(profiler: profile, model: DeconvNet) -> dict[str, float]:
+    """Which share of the operations' time each kind of layer takes, forward and backward."""
+    fc_sizes = {part[0].weight.numel() for part in (model.fc6, model.fc7, model.fc6_deconv)}
+    spent = dict.fromkeys(("fc layers", "convolutions", "batch norm", "the rest"), 0.0)
+    for operation in profiler.key_averages(group_by_input_shape=True):
+        sizes = {math.prod(shape) for shape in operation.input_shapes}
+        if sizes & fc_sizes or operation.key in ("aten::mm", "aten::addmm"):
+            kind = "fc layers"  # their weights' journeys too
+        elif "conv" in operation.key.lower():
+            kind = "convolutions"
+        else:
+            kind = "batch norm" if "batch_norm" in operation.key else "the rest"
+        spent[kind] += operation.self_cpu_time_total
+    return {kind: round(time / sum(spent.values()), 3) for kind, time in spent.items()}
 
 
 def in_a_fresh_process(options: argparse.Namespace, micro: int, dtype: str, kind: str) -> dict:
