@@ -4,8 +4,8 @@
 
 Each way runs in a process of its own, whose peak memory is hence its own: float32 and, where the
 hardware has it, 16 bits; ``plain`` as a user of the network would write it, then with the fc
-layers as matrix products, then with memory in huge pages too, as ``deconvnet train`` has it, and
-last with ``recompute`` as well. The ways take turns, and the best of the rounds counts.
+layers as matrix products, as :func:`deconvnet.training.train` has it, and last with ``recompute``
+as well. The ways take turns, and the best of the rounds counts.
 
 An update takes ``--batch`` crops, ``--micro-batch`` at a time (gradients accumulate); the best of
 a few micro-batches counts, and the time of all is what it implies, plus the optimiser's step. The
@@ -44,7 +44,7 @@ from deconvnet.shapes import write_shapes
 from deconvnet.training import StageConfig, make_optimizer, pixel_loss, prepare_worker, recomputed
 from deconvnet.voc import VOCDataset
 
-KINDS = ("plain", "products", "huge pages", "recomputed")
+KINDS = ("plain", "products", "recomputed")
 
 
 def main() -> None:
@@ -181,11 +181,7 @@ def in_a_fresh_process(options: argparse.Namespace, micro: int, dtype: str, kind
         check=True,
         capture_output=True,
         text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-            "THP_MEM_ALLOC_ENABLE": str(int(kind in ("huge pages", "recomputed"))),
-        },
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     return json.loads(answer.stdout.splitlines()[-1])
 

@@ -22,7 +22,7 @@ from deconvnet.crf import CRFConfig
 from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_labels
 from deconvnet.files import atomic_write, file_digest
 from deconvnet.folders import open_dataset
-from deconvnet.hardware import default_device, join_processes, use_huge_pages
+from deconvnet.hardware import default_device, join_processes
 from deconvnet.inference import InferenceConfig, Predictor
 from deconvnet.plotting import overlay, show_prediction
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, compute_proposals, edge_boxes
@@ -52,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 all went well, 2 wrong input (or a library is missing), 3 training
         diverged, 130 interrupted.
     """
-    use_huge_pages()
     options = parser().parse_args(arguments)
     try:
         torch.manual_seed(options.seed)

@@ -59,17 +59,6 @@ def cpu_has_matrix_units() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
-def use_huge_pages() -> None:
-    """Asks PyTorch to take large pieces of memory in pages of 2 MiB, where Linux offers them.
-
-    Memory that goes back to the operating system is cleared before its next use, page by page;
-    with 4 KiB a page, clearing the large maps and gradients of training takes longer than to
-    compute them. Call it before the process makes its first tensor; later it does nothing. The
-    command line does, other programs may set ``THP_MEM_ALLOC_ENABLE=1`` (0 forbids it).
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's, read at the first allocation
-
-
 @functools.cache
 def compiled_kernels() -> ModuleType | None:
     """:mod:`deconvnet.kernels`, or None where Numba, which compiles them, is not at hand."""

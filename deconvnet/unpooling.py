@@ -261,11 +261,14 @@ class _MaxPool(Function):
         pooled, switches = kernels.max_pool(x) if kernels else _find(x, kernel_size)
         ctx.save_for_backward(switches)
         ctx.mark_non_differentiable(switches)
+        ctx.set_materialize_grads(False)  # no zeros as the switches' gradient
         ctx.size, ctx.kernel_size = x.shape[-2:], kernel_size
         return pooled, switches
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None
         (switches,) = ctx.saved_tensors
         return _Unpool.apply(gradient, switches, ctx.size, ctx.kernel_size), None
 
