@@ -136,6 +136,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--minutes", type=float, help="stop after so much training time")
     sub.add_argument("--iterations", type=int, help="in place of the recipe's")
+    sub.add_argument("--learning-rate", type=float, help="in place of the recipe's")
+    sub.add_argument("--micro-batch", type=int, help="crops at once, where memory is short")
+    sub.add_argument("--recompute", action="store_true", help="less memory still, for more time")
     sub.add_argument("--workers", type=int, default=0, help="processes that prepare crops (0)")
     sub.add_argument("--proposals", type=Path, help="cache folder of proposals (stage 2)")
     sub.add_argument("--edge-model", type=Path, help="OpenCV's model.yml.gz (stage 2)")
@@ -395,7 +398,9 @@ def _digest(path: Path | None) -> str | None:
 
 
 def _settings_to_train(options: argparse.Namespace, recipe: recipes.Recipe) -> StageConfig:
-    given = {"minutes": options.minutes, "iterations": options.iterations}
+    names = ("minutes", "iterations", "learning_rate", "micro_batch")
+    given = {name: getattr(options, name) for name in names}
+    given["recompute"] = options.recompute or None
     settings = replace(
         recipes.default_settings(recipe, options.stage),
         seed=options.seed,
@@ -410,6 +415,8 @@ def _settings_to_train(options: argparse.Namespace, recipe: recipes.Recipe) -> S
             "they are, and so must start from learned ones: pass --init (voc-deconvnet, voc-fcn "
             "or a file) or --vgg16 vgg16"
         )
+    if options.vgg16 not in (None, "vgg16", "vgg16_bn") and not Path(options.vgg16).is_file():
+        raise ValueError(f"no VGG-16 weights at {options.vgg16}; vgg16 and vgg16_bn are downloaded")
     _, processes = join_processes()
     if settings.batch_size % processes:
         return settings  # training refuses it, and says why

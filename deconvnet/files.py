@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -33,6 +38,37 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_use(folder: str | Path) -> Iterator[None]:
+    """Keeps a second process from the work in a folder, which is made if it is missing.
+
+    The lock goes with the process, however that ends. Windows, and file systems without locks,
+    do without.
+
+    Args:
+        folder: Where the work is.
+
+    Raises:
+        ValueError: Another process is at work there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is at work in this folder") from error
+        except OSError:
+            pass  # this file system knows no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

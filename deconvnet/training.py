@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from deconvnet.deployment import matrix_products
-from deconvnet.files import atomic_write
+from deconvnet.files import atomic_write, sole_use
 from deconvnet.hardware import (
     PRECISIONS,
     autocast,
@@ -95,6 +95,8 @@ class StageConfig:
         for field in ("warmup", "frozen_blocks", "workers", "seed"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, or None; got {self.minutes}")
         if self.batch_size % self.micro_batch:
@@ -176,18 +178,20 @@ def train(
 
     Raises:
         TrainingDiverged: The loss is not finite; the last good checkpoint stays.
-        ValueError: The checkpoint belongs to other settings, or is damaged.
+        ValueError: The checkpoint belongs to other settings, or is damaged, or another process
+            trains in ``run_dir``.
         KeyboardInterrupt: After Ctrl-C, once the update under way is done and saved; a second
             Ctrl-C does not wait.
     """
     run = _Run(model, dataset, stage, Path(run_dir), indices, validate, device, about)
     try:
-        run.remove_leftovers()
-        if resume:
-            run.load()
-        else:
-            run.checkpoint.unlink(missing_ok=True)
-        run.loop(progress)
+        with sole_use(run.run_dir) if run.rank == 0 else nullcontext():  # only rank 0 writes
+            run.remove_leftovers()
+            if resume:
+                run.load()
+            else:
+                run.checkpoint.unlink(missing_ok=True)
+            run.loop(progress)
     finally:
         for parameter in run.frozen_parameters:  # another training may want them
             parameter.requires_grad_(True)

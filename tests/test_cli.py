@@ -423,6 +423,8 @@ def test_train_bad_input(
     assert "dev" in fails(capsys, *command, "--split", "dev")
     assert "iterations must be at least 1" in fails(capsys, *command, "--iterations", 0)
     assert "minutes must be positive" in fails(capsys, *command, "--minutes", -1)
+    assert "learning_rate must be" in fails(capsys, *command, "--learning-rate", -1)
+    assert "a multiple of micro_batch" in fails(capsys, *command, "--micro-batch", 5)
     assert "limit must be at least 1" in fails(capsys, *command, "--limit", 0)
     assert "seed" in fails(capsys, *command, "--seed", -1)
     assert "no weights at gone.safetensors" in fails(capsys, *command, "--init", "gone.safetensors")
@@ -441,7 +443,8 @@ def test_train_bad_input(
     message = fails(capsys, *command, "--init", wide)
     assert "wide.safetensors: expected" in message
     assert "blocks.0.0.0.weight of shape (4, 3, 3, 3), got (5, 3, 3, 3)" in message
-    assert "no VGG-16 weights at gone.npz" in fails(capsys, *command, "--vgg16", "gone.npz")
+    gone = train("nowhere", out, "--vgg16", "gone.npz")  # said before images are read
+    assert "no VGG-16 weights at gone.npz; vgg16 and vgg16_bn are" in fails(capsys, *gone)
     assert "not allowed with" in refused(capsys, *command, "--init", "a", "--vgg16", "b")
     assert "invalid choice: '3'" in refused(capsys, *command, "--stage", 3)
     assert not out.exists()

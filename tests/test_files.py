@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from deconvnet.files import atomic_write
+from deconvnet import files
+from deconvnet.files import atomic_write, sole_use
 
 
 def test_the_file_appears_whole_and_alone(tmp_path):
@@ -88,3 +89,26 @@ def test_two_writers_do_not_mix(tmp_path):
     content = path.read_text()
     assert content in {letter * 1000 for letter in "abcd"}
     assert os.listdir(tmp_path) == ["data.txt"]
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no such locks on Windows")
+def test_sole_use(tmp_path, monkeypatch):
+    folder = tmp_path / "new" / "run"
+    with sole_use(folder):
+        elsewhere = pytest.raises(ValueError, match="run: another process is at work in this")
+        with elsewhere, sole_use(folder):
+            pass
+        with sole_use(tmp_path):  # another folder
+            pass
+    with sole_use(folder):
+        assert os.listdir(folder) == []
+
+    def without_locks(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", without_locks)
+    with sole_use(folder), sole_use(folder):
+        pass
+    monkeypatch.setattr(files, "fcntl", None)
+    with sole_use(folder), sole_use(folder):
+        pass

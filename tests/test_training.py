@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from deconvnet import hardware, training
+from deconvnet.deployment import ConvolutionOfAll
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.hardware import choose_precision
 from deconvnet.instances import StreamSampler
@@ -502,6 +503,31 @@ def test_recomputing_changes_nothing(tmp_path: Path, build, one_thread: None) ->
     )
     assert_same(plain.state_dict(), saving.state_dict())
     assert all("forward" not in vars(block) for block in saving.encoder.blocks)
+
+
+def test_fc_layers_are_matrix_products_only_while_it_learns(tmp_path: Path) -> None:
+    seen = []
+    model = deconvnet()
+
+    def validate(model: nn.Module) -> float:
+        seen.append(type(model.fc6[0]))
+        return 0.0
+
+    run(tmp_path, STAGE, model=model, validate=validate)
+    assert set(seen) == {ConvolutionOfAll}
+    assert type(model.fc6[0]) is nn.Conv2d
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The second is refused before it touches the first one's files."""
+
+    def validate(_: nn.Module) -> float:
+        with pytest.raises(ValueError, match="another process is at work in this folder"):
+            run(tmp_path, STAGE)
+        return 0.0
+
+    run(tmp_path, STAGE, validate=validate)
+    run(tmp_path, STAGE)  # the lock went with the run
 
 
 def test_recomputing_keeps_less(tmp_path: Path) -> None:
