@@ -267,7 +267,7 @@ class _MaxPool(Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if gradient is None:
+        if gradient is None:  # nothing depends on the maxima
             return None, None
         (switches,) = ctx.saved_tensors
         return _Unpool.apply(gradient, switches, ctx.size, ctx.kernel_size), None
