@@ -4,19 +4,20 @@
 
 At the five sizes of the full network, forward and backward, in both memory layouts and, with
 ``--compile``, also through ``torch.compile``. They take turns; the best of the rounds counts.
-``tensors`` are ours without compiled loops. ``library`` is what
-:func:`deconvnet.deployment.library_pool` makes of PyTorch's code: its places, narrowed to bytes,
-without a backward pass.
+``tensors`` are ours without what Numba compiles for a CPU, or Triton for a GPU. ``library`` is
+what :func:`deconvnet.deployment.library_pool` makes of PyTorch's code: its places, narrowed to
+bytes, without a backward pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from deconvnet import unpooling
 from deconvnet.deployment import library_pool, library_unpool
 from deconvnet.evaluation import provenance, record
-from deconvnet.hardware import choose_precision, compiled_kernels, default_device
+from deconvnet.hardware import choose_precision, default_device
 from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
 
 SIZES = ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))  # channels, side
@@ -119,8 +120,7 @@ def compare(ways: dict[str, tuple[Callable, Callable]], x: Tensor, rounds: int) 
     seconds = {way: dict.fromkeys(found, math.inf) for way, found in calls.items()}
     names = dict.fromkeys(name for found in calls.values() for name in found)
     for _, name, way in itertools.product(range(rounds), names, ways):
-        kernels = None if way == "tensors" else compiled_kernels()
-        with mock.patch.object(unpooling, "compiled_kernels", lambda found=kernels: found):
+        with no_kernels() if way == "tensors" else contextlib.nullcontext():
             for _ in range(REPEATS if name in calls[way] else 0):
                 start = time.perf_counter()
                 calls[way][name]()
@@ -132,6 +132,14 @@ def compare(ways: dict[str, tuple[Callable, Callable]], x: Tensor, rounds: int) 
         for way, found in seconds.items()
     }
     return {"milliseconds": milliseconds, "place_bytes": place_bytes}
+
+
+@contextlib.contextmanager
+def no_kernels() -> Iterator[None]:
+    """Leaves pooling and unpooling to tensors, on a CPU and on a GPU."""
+    none = {"compiled_kernels": lambda: None, "triton_kernels": lambda device: None}
+    with mock.patch.multiple(unpooling, **none):
+        yield
 
 
 def without_gradient(function: Callable, *tensors: Tensor) -> Callable:

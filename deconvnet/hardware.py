@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +68,30 @@ def compiled_kernels() -> ModuleType | None:
     except (ImportError, RuntimeError):  # none, none for this NumPy, or nowhere to keep code
         return None
     return None if kernels.numba.config.DISABLE_JIT else kernels
+
+
+@functools.cache
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """:mod:`deconvnet.triton_kernels`, or None where there is no Triton or it fails its trial.
+
+    Args:
+        device: The GPU on which to try it out, once in a process.
+    """
+    try:
+        from deconvnet import triton_kernels as kernels
+    except ImportError:
+        return None
+    try:
+        kernels.try_out(device)
+    except Exception as error:  # a compiler's, a driver's: whatever it is, tensors can do it too
+        warnings.warn(
+            f"pooling and unpooling on {device} do without Triton, which fails there "
+            f"({type(error).__name__}: {error}); they are slower, and equal",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return kernels
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

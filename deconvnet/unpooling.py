@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from deconvnet.hardware import compiled_kernels
+from deconvnet.hardware import compiled_kernels, triton_kernels
 
 MAX_KERNEL_SIZE = 16  # a switch is one byte, so a window holds at most 256 places
 
@@ -304,11 +304,15 @@ def _take(x: Tensor, switches: Tensor, kernel_size: int) -> Tensor:
 
 
 def _kernels_for(x: Tensor, kernel_size: int) -> ModuleType | None:
-    """Compiled loops that find, put and take in maps like this one, if there are any."""
-    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
+    """Compiled code that finds, puts and takes in maps like this one, if there is any."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():
         return None
-    fits = kernel_size == 2 and x.element_size() in _BITS and x.numel() >= COMPILED_FROM
-    return compiled_kernels() if fits else None
+    if kernel_size != 2 or x.element_size() not in _BITS:
+        return None
+    if x.is_cuda:
+        return triton_kernels(x.device)
+    on_cpu = x.device.type == "cpu"
+    return compiled_kernels() if on_cpu and x.numel() >= COMPILED_FROM else None
 
 
 def _places(x: Tensor, kernel_size: int) -> list[Tensor]:

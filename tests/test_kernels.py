@@ -10,51 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from maps_to_pool import LAYOUTS, SHAPES, a_map, there_and_back
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deconvnet import hardware, unpooling
 from deconvnet.deployment import prepare_for_inference
 from deconvnet.model import DeconvNet, ModelConfig
-from deconvnet.unpooling import max_pool2d_with_switches, unpool2d
+from deconvnet.unpooling import max_pool2d_with_switches
 from deconvnet.winograd import WinogradConvolution
 
 kernels = pytest.importorskip("deconvnet.kernels", reason="needs Numba")
-
-LAYOUTS = ("channels_last", "contiguous", "transposed")
-SHAPES = (
-    (3, 8, 64, 48),
-    (2, 33, 31, 17),
-    (5, 64, 64),
-    (1, 1, 70, 90),
-    (2, 512, 2, 2),
-    (1, 3, 3, 2),
-)
-
-
-def a_map(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
-    """Few different values, so that ties are many; NaN, infinities and both zeros among them."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).mul(2).round()
-    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
-    places = torch.rand(shape, generator=generator) < 0.05
-    x[places] = odd[torch.randint(4, (int(places.sum()),), generator=generator)]
-    x = x.to(dtype)
-    if layout == "channels_last" and x.ndim == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.transpose(-1, -2).contiguous().transpose(-1, -2) if layout == "transposed" else x
-
-
-def there_and_back(x: Tensor) -> list[Tensor]:
-    """Pooled, switches, unpooled, and the gradients of both."""
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    pooled, switches = max_pool2d_with_switches(x)
-    leaf = pooled.detach().requires_grad_()
-    unpooled = unpool2d(leaf, switches, x.shape[-2:])
-    weights = torch.arange(unpooled.numel()).view(unpooled.shape).to(x.dtype)
-    (gathered,) = torch.autograd.grad(unpooled, leaf, weights)
-    (scattered,) = torch.autograd.grad(pooled, x, gathered)
-    return [t.detach() for t in (pooled, switches, unpooled, gathered, scattered)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
