@@ -74,7 +74,7 @@ def checks() -> list[Check]:
             (*two, "benchmarks/gpu_all.py", "--only-check", "nccl"),
             gpus=2,
         ),
-        benchmark("unpooling", "ours, PyTorch's and the compiled one", "--compile"),
+        benchmark("unpooling", "ours by Triton, PyTorch's, and by torch.compile", "--compile"),
         benchmark("network", "50 crops through the full network", "--batch", "50"),
         benchmark("pipeline", "photograph to label map, stage by stage", "--batch", "50"),
         benchmark("training", "crops a second at batch 64, share of peak, the data path"),
