@@ -85,10 +85,10 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{'':18}" + "".join(f"{stage:>12}" for stage in STAGES) + "   all but network and CRF")
+    print(f"{'':26}" + "".join(f"{stage:>12}" for stage in STAGES) + "   all but network and CRF")
     for name, found in result["networks"].items():
         row = "".join(f"{found['seconds'][stage]:10.3f} s" for stage in STAGES)
-        print(f"{name:18}{row}   {found['rest_by_network']:.1%} of the network")
+        print(f"{name:26}{row}   {found['rest_by_network']:.1%} of the network")
     for row in result.get("memory", []):
         print(row)
 

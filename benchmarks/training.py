@@ -159,11 +159,15 @@ def one_way(
 
 def shares(profiler: profile, model: DeconvNet) -> dict[str, float]:
     """Which share of the operations' time each kind of layer takes, forward and backward."""
-    fc_sizes = {part[0].weight.numel() for part in (model.fc6, model.fc7, model.fc6_deconv)}
+    fc_shapes = set()
+    for part in (model.fc6, model.fc7, model.fc6_deconv):
+        c, d, *k = part[0].weight.shape
+        matrix = c, math.prod((d, *k))
+        fc_shapes |= {(c, d, *k), (c, *k, d), matrix, matrix[::-1]}
     spent = dict.fromkeys(("fc layers", "convolutions", "batch norm", "the rest"), 0.0)
     for operation in profiler.key_averages(group_by_input_shape=True):
-        sizes = {math.prod(shape) for shape in operation.input_shapes}
-        if sizes & fc_sizes or operation.key in ("aten::mm", "aten::addmm"):
+        shapes = {tuple(shape) for shape in operation.input_shapes}
+        if shapes & fc_shapes or operation.key in ("aten::mm", "aten::addmm"):
             kind = "fc layers"  # their weights' journeys too
         elif "conv" in operation.key.lower():
             kind = "convolutions"

@@ -137,7 +137,7 @@ def compare(ways: dict[str, tuple[Callable, Callable]], x: Tensor, rounds: int) 
 @contextlib.contextmanager
 def no_kernels() -> Iterator[None]:
     """Leaves pooling and unpooling to tensors, on a CPU and on a GPU."""
-    none = {"compiled_kernels": lambda: None, "triton_kernels": lambda device: None}
+    none = {"compiled_kernels": lambda: None, "gpu_kernels": lambda device: None}
     with mock.patch.multiple(unpooling, **none):
         yield
 

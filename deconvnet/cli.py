@@ -9,6 +9,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from deconvnet import recipes
 from deconvnet.crf import CRFConfig
 from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_labels
-from deconvnet.files import atomic_write, file_digest
+from deconvnet.files import atomic_write, file_digest, sole_use
 from deconvnet.folders import open_dataset
 from deconvnet.hardware import default_device, join_processes
 from deconvnet.inference import InferenceConfig, Predictor
@@ -307,6 +308,12 @@ def run_data(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """``deconvnet train``."""
+    first = join_processes()[0] == 0
+    with sole_use(options.out) if first else nullcontext():
+        _train(options, first)
+
+
+def _train(options: argparse.Namespace, first: bool) -> None:
     recipe = recipes.RECIPES[options.recipe]()
     # Images take minutes to decode and Edge Boxes hours to find: first what may be refused.
     settings = _settings_to_train(options, recipe)
@@ -349,7 +356,6 @@ def run_train(options: argparse.Namespace) -> None:
         progress=progress,
         about=_about(options, dataset),
     )
-    first = join_processes()[0] == 0
     rows = read_log(options.out / "log.csv")
     # The checkpoint keeps the running averages: the command, given again, comes by here again,
     # and a run that is made longer goes on with them. Every process averages, so none waits.

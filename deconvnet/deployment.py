@@ -8,7 +8,8 @@ rewrites a copy of it by seven rules, none of which changes what it computes but
 2. *A stride-1 deconvolution is a convolution* with the kernel turned by 180 degrees and the
    channels exchanged, for which processors have faster code.
 3. *A convolution over all of its input is a matrix product*: ``fc6`` sees the whole 7 x 7 map at
-   once, and its mirror image draws the whole of it. (Training keeps this rule as well.)
+   once, and its mirror image draws the whole of it. Training computes both so too, by
+   :func:`matrix_products`.
 4. *Maps stay in the cache.* Each block takes only as many crops at once as its maps fit there,
    and the library's own pooling and unpooling, with eight bytes a place, work on such a part.
 5. *Neighbouring outputs share multiplications*: :mod:`deconvnet.winograd` needs a quarter of
@@ -176,8 +177,10 @@ def as_matrix_products(model: nn.Module) -> dict[nn.Module, type]:
                 (network.fc7, ConvolutionOfAll),
                 (network.fc6_deconv, DeconvolutionToAll),
             ):
-                before[part[0]] = type(part[0])
-                part[0].__class__ = kind
+                layer = part[0]
+                if type(layer) is kind.__base__:  # not one with a forward pass of its own
+                    before[layer] = type(layer)
+                    layer.__class__ = kind
     return before
 
 
@@ -330,6 +333,7 @@ class EncoderInParts(nn.Module):
 class ScoresByPlane(nn.Conv2d):
     """A 1 x 1 convolution whose output lies plane by plane: in that order scores are pasted."""
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[N, D, H, W]``, contiguous, for ``x`` of ``[N, C, H, W]``, channels-last."""
         scores = x.new_empty(len(x), self.out_channels, *x.shape[2:])

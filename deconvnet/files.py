@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -40,25 +40,39 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+_held: dict[Path, int] = {}  # folders that this process has for itself, and their handles
+
+if hasattr(os, "register_at_fork"):  # a process that is forked does not keep its parent's locks
+
+    def _let_go() -> None:
+        while _held:
+            os.close(_held.popitem()[1])
+
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def sole_use(folder: str | Path) -> Iterator[None]:
     """Keeps a second process from the work in a folder, which is made if it is missing.
 
-    The lock goes with the process, however that ends. Windows, and file systems without locks,
-    do without.
+    The lock goes with the process, however that ends. The process itself may ask for it again
+    meanwhile. Windows does without; on a network's file system only processes of the same machine
+    may see it.
 
     Args:
-        folder: Where the work is.
+        folder: Where the work is. If it was made and is still empty in the end, it goes again.
 
     Raises:
         ValueError: Another process is at work there.
     """
     folder = Path(folder)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    place = folder.resolve()
+    if fcntl is None or place in _held:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    _held[place] = handle = os.open(place, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,7 +82,11 @@ def sole_use(folder: str | Path) -> Iterator[None]:
             pass  # this file system knows no locks
         yield
     finally:
-        os.close(handle)
+        if _held.pop(place, None) is not None:  # None in a process that was forked meanwhile
+            os.close(handle)
+        if made:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

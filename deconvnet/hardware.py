@@ -71,22 +71,24 @@ def compiled_kernels() -> ModuleType | None:
 
 
 @functools.cache
-def triton_kernels(device: torch.device) -> ModuleType | None:
+def gpu_kernels(device: torch.device) -> ModuleType | None:
     """:mod:`deconvnet.triton_kernels`, or None where there is no Triton or it fails its trial.
 
+    The trial waits for the GPU: let a network run once before a CUDA graph of it is captured.
+
     Args:
-        device: The GPU on which to try it out, once in a process.
+        device: The GPU on which to try them out, once in a process.
     """
     try:
         from deconvnet import triton_kernels as kernels
+
+        kernels.try_out(device)
     except ImportError:
         return None
-    try:
-        kernels.try_out(device)
     except Exception as error:  # a compiler's, a driver's: whatever it is, tensors can do it too
         warnings.warn(
             f"pooling and unpooling on {device} do without Triton, which fails there "
-            f"({type(error).__name__}: {error}); they are slower, and equal",
+            f"({type(error).__name__}: {error}); slower, with the same results",
             RuntimeWarning,
             stacklevel=2,
         )

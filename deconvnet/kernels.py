@@ -49,10 +49,10 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
         As :func:`deconvnet.unpooling.max_pool2d_with_switches`, without a gradient.
     """
     if x.dtype == torch.bfloat16:
-        readable = x.view(torch.uint16)  # which _number understands
-    else:
-        readable = x.float() if x.dtype == torch.float16 else x  # Numba does not know that one
-    wide = torch.promote_types(x.dtype, torch.float32)
+        readable, wide = x.view(torch.uint16), torch.float32  # which _number understands
+    else:  # Numba does not know 16 bits
+        readable = x if x.element_size() >= 4 else x.float()
+        wide = readable.dtype
     pooled = _empty(x, (x.shape[-2] // 2, x.shape[-1] // 2), wide)
     switches = torch.empty_like(pooled, dtype=torch.uint8)
     _share_rows((_pool_planes, _pool_pixels), readable, pooled, switches)

@@ -185,11 +185,11 @@ def train(
     """
     run = _Run(model, dataset, stage, Path(run_dir), indices, validate, device, about)
     try:
-        with sole_use(run.run_dir) if run.rank == 0 else nullcontext():  # only rank 0 writes
+        with sole_use(run.run_dir) if run.rank == 0 else nullcontext():  # rank 0 alone writes
             run.remove_leftovers()
             if resume:
                 run.load()
-            else:
+            elif run.rank == 0:
                 run.checkpoint.unlink(missing_ok=True)
             run.loop(progress)
     finally:

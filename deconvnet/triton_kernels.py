@@ -2,8 +2,8 @@
 
 Written with tensors, they are a dozen kernels one after the other, each of which reads and writes
 a whole map. The three kernels here do what the loops of :mod:`deconvnet.kernels` do on a CPU, and
-exactly what :mod:`deconvnet.unpooling` does with tensors. Nothing imports this module but
-:func:`deconvnet.hardware.triton_kernels`, which also tries them out before it lends them.
+what :mod:`deconvnet.unpooling` does with tensors, but for the sign of a zero. Nothing imports this
+module but :func:`deconvnet.hardware.gpu_kernels`, which tries them out before it lends them.
 
 A program takes a tile of the pooled map: a few of its rows, and in each a stretch of neighbouring
 values. In memory a map is channels-last, ``[N, h, w, C]``, or plane by plane, ``[N C, h, w, 1]``;
@@ -13,6 +13,7 @@ either way it is ``[outer, h, w, inner]``, and a row has ``w * inner`` values.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -83,16 +84,20 @@ def try_out(device: torch.device) -> None:
         Exception: Whatever Triton raises where it cannot compile or run them.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 9, 34, generator=generator).mul(2).round().to(device)  # many are equal
+    x = torch.randn(2, 3, 9, 34, generator=generator, device="cpu")
+    x = x.mul(2).round()  # many are equal
+    x[:, :, ::4, ::3] = math.nan
     layouts = torch.contiguous_format, torch.channels_last
-    for layout, dtype in itertools.product(layouts, (torch.float32, torch.bfloat16)):
-        large = x.to(dtype, memory_format=layout)
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for layout, dtype in itertools.product(layouts, dtypes):
+        large = x.to(device, dtype).contiguous(memory_format=layout)
         pooled, switches = _find(large, 2)
         found = *max_pool(large), unpool(pooled, switches, (9, 34)), gather(large, switches)
         unpooled = _put(pooled, switches, (9, 34), 2)
         expected = pooled, switches, unpooled, _take(large, switches, 2)
-        if not all(map(torch.equal, found, expected)):
-            raise RuntimeError("the Triton kernels give other values than tensors")
+        for ours, theirs in zip(found, expected):
+            if not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):
+                raise RuntimeError("the Triton kernels give other values than tensors")
 
 
 @triton.jit

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from deconvnet.hardware import compiled_kernels, triton_kernels
+from deconvnet.hardware import compiled_kernels, gpu_kernels
 
 MAX_KERNEL_SIZE = 16  # a switch is one byte, so a window holds at most 256 places
 
@@ -92,7 +92,8 @@ def unpool2d(
         ``[..., H, W]``, of the dtype and memory format of ``x``.
 
     Raises:
-        ValueError: if a shape, a switch, ``output_size`` or ``kernel_size`` does not fit.
+        ValueError: if a shape, a device, a switch, ``output_size`` or ``kernel_size`` does not
+            fit.
         TypeError: if ``switches`` are not ``uint8`` or ``kernel_size`` is not an int.
     """
     _check_map("x", x, kernel_size)
@@ -100,6 +101,8 @@ def unpool2d(
         raise ValueError(
             f"switches must have the shape of x, {tuple(x.shape)}, got {tuple(switches.shape)}"
         )
+    if switches.device != x.device:
+        raise ValueError(f"switches must be on {x.device}, as x is, got {switches.device}")
     _check_switches(switches, kernel_size, check_range)
     pooled_size = x.shape[-2:]
     if output_size is None:
@@ -310,7 +313,7 @@ def _kernels_for(x: Tensor, kernel_size: int) -> ModuleType | None:
     if kernel_size != 2 or x.element_size() not in _BITS:
         return None
     if x.is_cuda:
-        return triton_kernels(x.device)
+        return gpu_kernels(x.device)
     on_cpu = x.device.type == "cpu"
     return compiled_kernels() if on_cpu and x.numel() >= COMPILED_FROM else None
 

@@ -167,10 +167,30 @@ def test_matrix_products_learn_as_the_convolutions_do(channels_last: bool) -> No
         torch.testing.assert_close(fast(crops), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_matrix_products_keep_to_autocasts_precision() -> None:
+    model = DeconvNet(ModelConfig.tiny(5)).eval()
+    with torch.autocast("cpu", torch.bfloat16), matrix_products(model):
+        assert model.fc6_deconv[0](torch.randn(2, 256, 1, 1)).dtype == torch.bfloat16
+
+
 def test_any_other_network_stays_as_it_is() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 2))
     with matrix_products(network):
         assert type(network[0]) is nn.Conv2d
+
+
+def test_layers_with_a_forward_pass_of_their_own_stay_as_they_are() -> None:
+    model = DeconvNet(ModelConfig.tiny(5))
+    nn.utils.parametrizations.weight_norm(model.fc6[0])
+    kind, twin = type(model.fc6[0]), DeconvNet(ModelConfig.tiny(5))
+    twin.fc7 = model.fc7  # in two networks, and changed back once
+    both = nn.ModuleList([model, twin])
+    with matrix_products(both), matrix_products(both):
+        assert type(model.fc6[0]) is kind
+        assert type(model.fc7[0]) is ConvolutionOfAll
+        model.eval()(images(64))
+    assert type(model.fc7[0]) is nn.Conv2d
+    assert type(model.fc6_deconv[0]) is nn.ConvTranspose2d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -91,24 +96,76 @@ def test_two_writers_do_not_mix(tmp_path):
     assert os.listdir(tmp_path) == ["data.txt"]
 
 
+HOLD = """
+import sys
+from deconvnet.files import sole_use
+with sole_use(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_by_another(folder):
+    """A process of its own that works in the folder; killed in the end, as by kill -9."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], text=True, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        try:
+            yield
+        finally:
+            other.kill()
+
+
 @pytest.mark.skipif(files.fcntl is None, reason="no such locks on Windows")
-def test_sole_use(tmp_path, monkeypatch):
+def test_sole_use(tmp_path):
     folder = tmp_path / "new" / "run"
-    with sole_use(folder):
-        elsewhere = pytest.raises(ValueError, match="run: another process is at work in this")
+    with held_by_another(folder):
+        elsewhere = pytest.raises(ValueError, match="run: another process is at work in this fo")
         with elsewhere, sole_use(folder):
-            pass
+            pytest.fail("two at work")
         with sole_use(tmp_path):  # another folder
             pass
-    with sole_use(folder):
-        assert os.listdir(folder) == []
+    with sole_use(folder), sole_use(folder):  # the lock went with its process
+        (folder / "kept").touch()
+    with sole_use(tmp_path / "empty"):
+        assert (tmp_path / "empty").is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["new"]
+    assert os.listdir(folder) == ["kept"]
 
-    def without_locks(*_):
-        raise OSError("no locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", without_locks)
-    with sole_use(folder), sole_use(folder):
-        pass
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+    """Such as a worker that outlives its training for some seconds."""
+    with sole_use(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        until = time.monotonic() + 20  # the child may need a moment to begin
+        while True:
+            try:
+                with sole_use(tmp_path):
+                    break
+            except ValueError:
+                assert time.monotonic() < until, "the child keeps the lock"
+                time.sleep(0.01)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_without_locks(tmp_path, monkeypatch):
+    if files.fcntl is not None:
+
+        def no_locks(*_):
+            raise OSError("no locks available")
+
+        monkeypatch.setattr(files.fcntl, "flock", no_locks)
+        with sole_use(tmp_path):
+            pass
     monkeypatch.setattr(files, "fcntl", None)
-    with sole_use(folder), sole_use(folder):
+    with sole_use(tmp_path):
         pass

@@ -72,6 +72,16 @@ def test_what_is_compiled_is_what_stands_there(layout: str, dtype: torch.dtype) 
     np.testing.assert_array_equal(bits[1].view(np.float32), array(pooled))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16, torch.uint8])
+def test_whole_numbers(dtype: torch.dtype) -> None:
+    """Beyond what a float32 can tell apart."""
+    largest = torch.iinfo(dtype).max
+    x = largest - torch.randint(0, 9, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    x = x.to(dtype)
+    for actual, expected in zip(kernels.max_pool(x), unpooling._find(x, 2)):
+        assert torch.equal(actual, expected)
+
+
 def test_a_switch_out_of_range_drops_its_value() -> None:
     x = torch.randn(1, 4, 32, 32)
     switches = torch.randint(0, 9, x.shape, dtype=torch.uint8)

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_files import held_by_another
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -518,16 +519,24 @@ def test_fc_layers_are_matrix_products_only_while_it_learns(tmp_path: Path) -> N
     assert type(model.fc6[0]) is nn.Conv2d
 
 
-def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
-    """The second is refused before it touches the first one's files."""
-
-    def validate(_: nn.Module) -> float:
-        with pytest.raises(ValueError, match="another process is at work in this folder"):
-            run(tmp_path, STAGE)
-        return 0.0
-
-    run(tmp_path, STAGE, validate=validate)
-    run(tmp_path, STAGE)  # the lock went with the run
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks on Windows")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_trainings_do_not_share_a_folder(
+    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is refused before it touches the first one's files, whatever its rank."""
+    files = [tmp_path / name for name in ("checkpoint.pt", ".checkpoint.pt.half")]
+    for file in files:
+        file.touch()
+    with held_by_another(tmp_path):
+        if rank == 0:
+            with pytest.raises(ValueError, match="another process is at work in this folder"):
+                run(tmp_path, STAGE, resume=False)
+        else:  # goes on to wait for rank 0
+            monkeypatch.setattr(training, "join_processes", lambda: (1, 2))
+            monkeypatch.setattr(training._Run, "loop", lambda run, progress: None)
+            run(tmp_path, STAGE, resume=False)
+        assert all(file.exists() for file in files)
 
 
 def test_recomputing_keeps_less(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -52,7 +53,7 @@ def test_same_values_as_tensors(
     used = []
     pool = interpreted.max_pool
     monkeypatch.setattr(interpreted, "max_pool", lambda x: used.append(1) or pool(x))
-    monkeypatch.setattr(unpooling, "triton_kernels", lambda device: interpreted)
+    monkeypatch.setattr(unpooling, "gpu_kernels", lambda device: interpreted)
     with monkeypatch.context() as on_a_gpu:
         on_a_gpu.setattr(torch.Tensor, "is_cuda", True)
         on_a_gpu.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
@@ -68,13 +69,14 @@ def test_same_values_as_tensors(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_on_a_gpu(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     device = hardware.default_device()
-    assert hardware.triton_kernels(device) is not None
-    x = a_map((3, 40, 64, 48), layout, torch.float32).to(device)
+    assert hardware.gpu_kernels(device) is not None
+    x = a_map((3, 40, 64, 48), layout, dtype).to(device)
     found = there_and_back(x)
-    monkeypatch.setattr(unpooling, "triton_kernels", lambda device: None)
+    monkeypatch.setattr(unpooling, "gpu_kernels", lambda device: None)
     for ours, expected in zip(found, there_and_back(x), strict=True):
         torch.testing.assert_close(ours, expected, atol=0, rtol=0, equal_nan=True)
 
@@ -125,8 +127,8 @@ def test_they_are_tried_out_before_they_are_used(
     monkeypatch.setitem(sys.modules, "deconvnet.triton_kernels", interpreted)
     monkeypatch.setattr("deconvnet.triton_kernels", interpreted, raising=False)
     here = torch.device("cpu")
-    ask = hardware.triton_kernels.__wrapped__  # without its memory
-    with warnings.catch_warnings():
+    ask = hardware.gpu_kernels.__wrapped__  # without its memory
+    with warnings.catch_warnings(), torch.device("meta"):  # a default that is not meant
         warnings.simplefilter("error")
         assert ask(here) is interpreted
     pool = interpreted.max_pool
@@ -143,4 +145,17 @@ def test_they_are_tried_out_before_they_are_used(
 def test_without_triton_tensors_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deconvnet.triton_kernels", None)
     monkeypatch.delattr("deconvnet.triton_kernels", raising=False)
-    assert hardware.triton_kernels.__wrapped__(torch.device("cuda", 0)) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hardware.gpu_kernels.__wrapped__(torch.device("cuda", 0)) is None
+
+
+def test_a_triton_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "triton.py").write_text("raise RuntimeError('broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.split(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "deconvnet.triton_kernels", raising=False)
+    monkeypatch.delattr("deconvnet.triton_kernels", raising=False)
+    with pytest.warns(RuntimeWarning, match="fails there .RuntimeError: broken.; slower"):
+        assert hardware.gpu_kernels.__wrapped__(torch.device("cuda", 0)) is None

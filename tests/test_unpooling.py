@@ -267,6 +267,13 @@ def test_autocast():
     assert convolution.weight.grad.abs().sum() > 0
 
 
+def test_switches_of_another_device_are_refused():
+    x = torch.randn(1, 1, 2, 2)
+    elsewhere = torch.zeros(1, 1, 2, 2, dtype=torch.uint8, device="meta")
+    with pytest.raises(ValueError, match="switches must be on cpu, as x is, got meta"):
+        unpool2d(x, elsewhere)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_equals_cpu(dtype):
