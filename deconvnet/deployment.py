@@ -114,7 +114,8 @@ def prepare_for_inference(
             at_once = crops_at_once(widths, side, encoder_dtype, threads)
             fast.encoder = EncoderInParts(fast.encoder, at_once, compiled, shared)
             at_once = crops_at_once(widths, side, dtype, threads)
-            fast.score[1].__class__ = ScoresByPlane
+            if type(fast.score[1]) is nn.Conv2d and fast.score[1].kernel_size == (1, 1):
+                fast.score[1].__class__ = ScoresByPlane
             fast.decoder = DecoderInParts(fast.decoder, fast.score, at_once, compiled, shared)
             fast.score = nn.Identity()  # the decoder's last block does it, part by part
     return fast

@@ -224,6 +224,15 @@ def test_scores_lie_plane_by_plane_on_a_cpu() -> None:
         torch.testing.assert_close(scores, model(crops), rtol=1e-3, atol=1e-4)
 
 
+def test_another_score_layer_stays_as_it_is() -> None:
+    model = lively(DeconvNet(ModelConfig.tiny(5)))
+    model.score = nn.Conv2d(model.score.in_channels, 5, 3, padding=1)
+    crops = images(64)
+    with torch.no_grad():
+        scores = prepare_for_inference(model)(crops)
+        torch.testing.assert_close(scores, model(crops), rtol=1e-3, atol=1e-3)
+
+
 def test_maps_fit_the_cache() -> None:
     widths = ModelConfig().widths
     assert crops_at_once(widths, 224, torch.float32) == [1, 2, 5, 10, 41]
