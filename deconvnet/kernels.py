@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.unpooling import _BITS
+from deconvnet.unpooling import _bits, _empty, _layout
 
 SMALL = 2**20
 """Maps with fewer values than this are not worth waking a second thread."""
@@ -207,27 +207,10 @@ def _gather_planes(start, stop, x, gathered, switches):
             )
 
 
-def _empty(x: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a map of another height and width than ``x``, in its format."""
-    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    return torch.empty((*x.shape[:-2], *size), dtype=dtype or x.dtype, memory_format=layout)
-
-
-def _bits(x: Tensor) -> Tensor:
-    """The same memory as whole numbers: moving a value needs no arithmetic, NaN stays NaN."""
-    return x.view(_BITS[x.element_size()])
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return (
-        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
 def _share_rows(loops: tuple[Callable, Callable], large: Tensor, *small: Tensor) -> None:
     """Runs the loop for the layout of ``large`` over all rows of windows, shared among threads."""
-    pixels = _is_channels_last(large)
-    layout = torch.channels_last if pixels else torch.contiguous_format
+    layout = _layout(large)
+    pixels = layout == torch.channels_last
 
     def array(x: Tensor) -> np.ndarray:
         x = x.detach().contiguous(memory_format=layout)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deconvnet.unpooling import _BITS, _find, _put, _take
+from deconvnet.unpooling import _bits, _empty, _find, _layout, _put, _take
 
 TILE = 1024
 """Values of the pooled map that one program takes; a power of two."""
@@ -182,23 +182,6 @@ def _launch(kernel: triton.JITFunction, large: Tensor, small: Tensor, switches: 
         )
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    """Channels-last if the map lies so, else plane by plane."""
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last and not x.is_contiguous() else torch.contiguous_format
-
-
 def _dense(x: Tensor) -> Tensor:
     """The same values without gaps in memory."""
     return x.detach().contiguous(memory_format=_layout(x))
-
-
-def _empty(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Memory for a map of another height and width than ``x``, in its format."""
-    shape = *x.shape[:-2], *size
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
-
-
-def _bits(x: Tensor) -> Tensor:
-    """The same memory as whole numbers: moving a value needs no arithmetic, NaN stays NaN."""
-    return x.view(_BITS[x.element_size()])

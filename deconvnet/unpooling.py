@@ -291,7 +291,7 @@ def _find(x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
 
 def _put(x: Tensor, switches: Tensor, size: tuple[int, int], kernel_size: int) -> Tensor:
     """Zeros of that size, and in every window the value at its place."""
-    unpooled = _zeros_like(x, size)
+    unpooled = _empty(x, size).zero_()
     for place, values in enumerate(_places(unpooled, kernel_size)):
         values.copy_(_keep(x, switches == place))
     return unpooled
@@ -334,18 +334,24 @@ def _keep(x: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, x, 0)
     # Uncompiled on a CPU, a product is twice as fast as torch.where. Its factor is the bits of
     # the number, not the number: 0 * NaN would be NaN.
-    return (x.view(_BITS[x.element_size()]) * mask).view(x.dtype)
+    return (_bits(x) * mask).view(x.dtype)
 
 
-def _zeros_like(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Zeros of another height and width than ``x``, in its memory format."""
-    memory_format = torch.contiguous_format
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        memory_format = torch.channels_last
-    zeros = torch.empty(
-        (*x.shape[:-2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format
-    )
-    return zeros.zero_()
+def _layout(x: Tensor) -> torch.memory_format:
+    """Channels-last if the map lies so in memory, else plane by plane."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _empty(x: Tensor, size: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a map of another height and width than ``x``, in its memory format."""
+    shape, dtype = (*x.shape[:-2], *size), dtype or x.dtype
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=_layout(x))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as whole numbers: moving a value needs no arithmetic, NaN stays NaN."""
+    return x.view(_BITS[x.element_size()])
 
 
 def _window_corners(pooled: Tensor, width: int, kernel_size: int) -> Tensor:

@@ -41,3 +41,13 @@ def there_and_back(x: Tensor) -> list[Tensor]:
     (gathered,) = torch.autograd.grad(unpooled, leaf, weights)
     (scattered,) = torch.autograd.grad(pooled, x, gathered)
     return [t.detach() for t in (pooled, switches, unpooled, gathered, scattered)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], layout: str) -> None:
+    """The same values, dtypes and shapes, in the same memory format unless the map had none."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        # -0 equals 0 here: tensors, which add zeros, lose its sign
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
+        if layout != "transposed":
+            assert ours.is_contiguous() == theirs.is_contiguous()

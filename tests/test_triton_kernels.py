@@ -10,13 +10,12 @@ import importlib.util
 import itertools
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from maps_to_pool import LAYOUTS, SHAPES, a_map, there_and_back
+from maps_to_pool import LAYOUTS, SHAPES, a_map, assert_same, there_and_back
 from torch.nn import functional as F
 
 from deconvnet import hardware, unpooling
@@ -30,7 +29,7 @@ BITS = ("u8", "i16", "i32", "i64")
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module as Triton's interpreter runs it; how, is settled when it is loaded."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     spec = importlib.util.find_spec("deconvnet.triton_kernels")
@@ -60,12 +59,7 @@ def test_same_values_as_tensors(
         found = there_and_back(x)
     assert used, "Triton's kernels were not asked"
     monkeypatch.setattr(unpooling, "compiled_kernels", lambda: None)
-    for ours, expected in zip(found, there_and_back(x), strict=True):
-        assert ours.dtype == expected.dtype and ours.shape == expected.shape
-        # -0 equals 0 here: tensors, which add zeros, lose its sign
-        torch.testing.assert_close(ours, expected, atol=0, rtol=0, equal_nan=True)
-        if layout != "transposed":
-            assert ours.is_contiguous() == expected.is_contiguous()
+    assert_same(found, there_and_back(x), layout)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -77,8 +71,7 @@ def test_on_a_gpu(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     x = a_map((3, 40, 64, 48), layout, dtype).to(device)
     found = there_and_back(x)
     monkeypatch.setattr(unpooling, "gpu_kernels", lambda device: None)
-    for ours, expected in zip(found, there_and_back(x), strict=True):
-        torch.testing.assert_close(ours, expected, atol=0, rtol=0, equal_nan=True)
+    assert_same(found, there_and_back(x), layout)
 
 
 def test_several_tiles_and_no_values(interpreted: ModuleType) -> None:
