@@ -4,15 +4,18 @@
 
 Each way runs in a process of its own, whose peak memory is hence its own: float32 and, where the
 hardware has it, 16 bits; ``plain`` as a user of the network would write it, then with the fc
-layers as matrix products, as :func:`deconvnet.training.train` has it, and last with ``recompute``
-as well. The ways take turns, and the best of the rounds counts.
+layers as matrix products, then with freed memory kept as well, as
+:func:`deconvnet.training.train` has it, and last with ``recompute`` on top of that. The ways take
+turns, and the best of the rounds counts.
 
 An update takes ``--batch`` crops, ``--micro-batch`` at a time (gradients accumulate); the best of
 a few micro-batches counts, and the time of all is what it implies, plus the optimiser's step. The
 utilisation counts three times the forward pass's operations (the backward pass has twice as many;
 recomputing adds none that count) by the peak of the same number format, a large matrix product or
-convolution. ``shares`` says where one more micro-batch's time went, by PyTorch's profiler. Last,
-the data path alone: crops a second that one process cuts, resizes and flips.
+convolution. ``new_pages`` are those that the system had to clear for a micro-batch, and
+``seconds_system`` what that and its other work took it, on all cores together. ``shares`` says
+where one more micro-batch's time went, by PyTorch's profiler. Last, the data path alone: crops a
+second that one process cuts, resizes and flips.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -37,14 +41,14 @@ from torch.utils.data import DataLoader
 
 from deconvnet.deployment import matrix_products
 from deconvnet.evaluation import provenance, record
-from deconvnet.hardware import autocast, choose_precision, default_device
+from deconvnet.hardware import autocast, choose_precision, default_device, keep_memory
 from deconvnet.instances import InstanceConfig, Stage1Dataset, StreamSampler, balanced_indices
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.shapes import write_shapes
 from deconvnet.training import StageConfig, make_optimizer, pixel_loss, prepare_worker, recomputed
 from deconvnet.voc import VOCDataset
 
-KINDS = ("plain", "products", "recomputed")
+KINDS = ("plain", "products", "kept", "recomputed")
 
 
 def main() -> None:
@@ -136,10 +140,13 @@ def one_way(
         return wait() - start
 
     faster = nullcontext() if kind == "plain" else matrix_products(model)
+    keeping = keep_memory(device) if kind in ("kept", "recomputed") else nullcontext()
     saving = recomputed(model) if kind == "recomputed" else nullcontext()
-    with faster, saving:
-        learn(), step()  # warms up, and makes the momenta
+    with faster, keeping, saving:
+        learn(), step(), learn()  # warms up, and makes the momenta
+        before = resource.getrusage(resource.RUSAGE_SELF)
         times = [learn() for _ in range(10 if device.type == "cuda" else 3)]
+        after = resource.getrusage(resource.RUSAGE_SELF)
         update = step()
         peak_memory = peak_mebibytes(device)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -150,6 +157,8 @@ def one_way(
         "kind": kind,
         "crops_a_second": round(batch / seconds, 3),
         "seconds_a_micro_batch": round(min(times), 3),
+        "seconds_system": round((after.ru_stime - before.ru_stime) / len(times), 3),
+        "new_pages": round((after.ru_minflt - before.ru_minflt) / len(times)),
         "seconds_optimizer": round(update, 3),
         "seconds_an_update": round(seconds, 2),
         "peak_mebibytes": peak_memory,

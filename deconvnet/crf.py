@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.gaussian import MAX_EXACT_PIXELS, ExactFilter, Filter, GridGaussian
+from deconvnet.hardware import keep_memory
 from deconvnet.permutohedral import PermutohedralLattice, lattice_filter
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
@@ -433,14 +434,15 @@ def dense_crf(
             f"{tuple(image.shape[1:])} and {tuple(probabilities.shape[1:])}"
         )
     device, dtype = probabilities.device, probabilities.dtype
-    with torch.autocast(device.type, enabled=False):  # ten iterations add up their rounding
+    precise = torch.autocast(device.type, enabled=False)  # ten iterations add up their rounding
+    with precise, keep_memory(device):
         kernels = pairwise_kernels(image.to(device), config, method, dtype)
         if not config.prune_below:
             unary = unary_from_probabilities(probabilities, config.min_probability)
             return mean_field(unary, kernels, config.iterations, on_iteration)
         pruned = negligible_labels(probabilities, kernels, config.prune_below)
         kept = (~pruned).nonzero().flatten()
-        rest = 1 - probabilities[pruned].sum(dim=0)
+        rest = probabilities[kept].sum(dim=0)
 
         def among_all(beliefs: Tensor) -> Tensor:
             return probabilities.index_copy(0, kept, beliefs * rest)

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from deconvnet.crf import CRFConfig, PairwiseKernel, mean_field, pairwise_kernels
+from deconvnet.hardware import keep_memory
 
 NO_NORMALIZATION = "none"
 NORMALIZE_BEFORE = "before"
@@ -179,7 +180,8 @@ class DenseCRF2D:
         """
         if self._unary is None:
             raise RuntimeError("call setUnaryEnergy before inference")
-        return mean_field(self._unary, self._kernels, iterations).flatten(1).cpu().numpy()
+        with keep_memory(self.device):
+            return mean_field(self._unary, self._kernels, iterations).flatten(1).cpu().numpy()
 
     def _add(self, image: torch.Tensor, **settings: float | str) -> None:
         method = "original" if settings["normalization"] == NO_NORMALIZATION else "auto"

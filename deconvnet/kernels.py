@@ -2,10 +2,10 @@
 
 Written with tensors, pooling with switches reads and writes its map a dozen times: once for every
 comparison and every choice. A compiled loop looks at each window once. The loops here compute
-exactly what :mod:`deconvnet.unpooling` does with tensors, and the sums before and after the matrix
-products of :class:`deconvnet.winograd.WinogradConvolution`. Both do without where Numba is
-missing: they ask :func:`deconvnet.hardware.compiled_kernels` for this module, which nothing else
-imports.
+exactly what :mod:`deconvnet.unpooling` does with tensors, the sums before and after the matrix
+products of :class:`deconvnet.winograd.WinogradConvolution`, and who is whose neighbour in
+:mod:`deconvnet.permutohedral`. All of them do without where Numba is missing: they ask
+:func:`deconvnet.hardware.compiled_kernels` for this module, which nothing else imports.
 
 Maps lie channels-last in memory, ``[N, H, W, C]``, or plane by plane, ``[N C, H, W]``. A processor
 works on neighbouring values together, sixteen at once: in the first case those of a pixel's
@@ -325,6 +325,43 @@ def transform_output(products, matrix, bias, least, first, y):
                             )
                             value = least if value < least else value  # NaN stays
                             y[n, first + 4 * i + p, 4 * j + q, k] = value
+
+
+# --- the permutohedral lattice -----------------------------------------------------------------
+
+
+def one_step_away(keys: Tensor, step: int) -> Tensor:
+    """The vertices next to each vertex of a lattice along one of its directions.
+
+    What :mod:`deconvnet.permutohedral` otherwise looks up key by key. But keys in order, all
+    moved by the same step, are still in order: one walk along both finds all that are equal.
+
+    Args:
+        keys: integer ``[M]``, ascending, on the CPU.
+        step: How far the key of the next vertex is away.
+
+    Returns:
+        int32 ``[M + 1, 3]``: the vertex before, the vertex itself and the vertex after; ``M``, and
+        so is all of the last row, stands for none.
+    """
+    found = torch.empty(len(keys) + 1, 3, dtype=torch.int32)
+    _walk(keys.numpy(), step, found.numpy())
+    return found
+
+
+@_loop
+def _walk(keys, step, found):
+    missing = len(keys)
+    for i in range(missing + 1):
+        found[i] = missing, i, missing
+    j = 0
+    for i in range(missing):
+        wanted = keys[i] + step
+        while j < missing and keys[j] < wanted:
+            j += 1
+        if j < missing and keys[j] == wanted:
+            found[i, 2] = j
+            found[j, 0] = i
 
 
 # --- threads ----------------------------------------------------------------------------------

@@ -22,8 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.gaussian import Filter, LinearFilter
+from deconvnet.hardware import compiled_kernels
 
 MIN_ALONE = 0.25  # share of isolated points from which leaving them out saves time
+
+COMPILED_FROM = 2**13  # vertices; fewer are not worth loading compiled code
 
 # glibc returns larger blocks to the system at once, and fresh pages cost more than the arithmetic.
 MAX_BUFFER_BYTES = 2**25 - 2**16
@@ -167,26 +170,26 @@ class PermutohedralLattice:
             matrix = embedding(side - 1).to(features.device)
             points = (matrix @ features.T.double()).to(features.dtype)
             multiples, order, barycentric = _round_down(points)
-        self.weights = barycentric.T.contiguous()
-        own = torch.tensor(1 + 2.0 ** (1 - side)) if original else _self_weight(self.weights)
-        self.weights /= own.to(self.weights).sqrt()
+        own = 1 + 2.0 ** (1 - side) if original else _self_weight(barycentric)
+        self.weights = (barycentric / own**0.5).T.contiguous()
 
-        # Steps along all directions but the last are a basis of the lattice, and the last undoes
-        # one step along each. A vertex's key is linear in its coordinates in that basis.
-        base = multiples[-1] - multiples[:-1]
-        self._low = base.amin(dim=1) - 2
-        self._span = base.amax(dim=1) + 3 - self._low
+        # A step along direction k takes 1 from multiple k. Two vertices differ in the multiples
+        # only up to a common number, so their differences tell the vertices apart; and each, by
+        # the shape of `embedding`, depends on two features only, which keeps their range small.
+        differences = multiples.diff(dim=0)
+        self._low = differences.amin(dim=1) - 2  # one for the corners, one for their neighbours
+        self._span = differences.amax(dim=1) + 3 - self._low
         spans = self._span.tolist()
         if math.prod(spans) >= 2**63:
             raise ValueError(
                 f"features spread over {math.prod(spans):.1e} lattice cells, more than 64-bit "
                 "keys can tell apart; use larger standard deviations"
             )
-        self._place = base.new_tensor([math.prod(spans[:i]) for i in range(side - 1)])
-        steps = torch.cat([self._place, -self._place.sum(dim=0, keepdim=True)])
-        key = torch.zeros_like(base[0])
-        for coordinates, low, place in zip(base, self._low.tolist(), self._place.tolist()):
-            key.add_(coordinates - low, alpha=place)
+        self._place = differences.new_tensor([math.prod(spans[:i]) for i in range(side - 1)])
+        steps = F.pad(self._place, (0, 1)) - F.pad(self._place, (1, 0))
+        key = torch.zeros_like(differences[0])
+        for numbers, low, place in zip(differences, self._low.tolist(), self._place.tolist()):
+            key.add_(numbers - low, alpha=place)
         if math.prod(spans) < 2**31:
             key, steps = key.int(), steps.int()  # half the bytes to sort
         keys = [key]
@@ -202,7 +205,7 @@ class PermutohedralLattice:
         self._keys = keys[starts]
         self.num_vertices = len(starts)
         self.corners = torch.empty_like(run).scatter_(0, origin, run).view(-1, side)
-        self.neighbours = [_neighbours(self._keys, step) for step in steps]
+        self.neighbours = _neighbours(self._keys, steps)
 
         # The last vertex stands for all that are missing: no point touches it.
         self._splat_starts = F.pad(starts, (0, 1), value=len(origin)).int()
@@ -216,9 +219,9 @@ class PermutohedralLattice:
 
         Where they lie among the features is ``vertices.double() @ pinv(embedding(d)).T``.
         """
-        base = self._keys.long()[:, None] // self._place % self._span + self._low
-        total = base.sum(dim=1, keepdim=True)
-        return torch.cat([total - (base.shape[1] + 1) * base, total], dim=1)
+        differences = self._keys.long()[:, None] // self._place % self._span + self._low
+        multiples = F.pad(differences.cumsum(dim=1), (1, 0))
+        return multiples * multiples.shape[1] - multiples.sum(dim=1, keepdim=True)
 
     def points_at_vertices(self) -> Tensor:
         """How many points touch each vertex: int32 ``[M]``."""
@@ -375,14 +378,23 @@ def _self_weight(barycentric: Tensor) -> Tensor:
     # Blurring carries weight from a corner to another along the directions between them, or
     # backwards along all the others, and halves it at every step. Once around the ring of corners,
     # either way, it also returns to its own.
-    side = barycentric.shape[1]
+    side = len(barycentric)
     index = torch.arange(side, device=barycentric.device)
     apart = (index - index[:, None]) % side
     path = 0.5**apart + 0.5 ** (side - apart) + (apart == 0) * 0.5**side
-    return (barycentric @ path.to(barycentric) * barycentric).sum(dim=1, keepdim=True)
+    return (path.T.to(barycentric) @ barycentric * barycentric).sum(dim=0)
 
 
-def _neighbours(keys: Tensor, step: Tensor) -> Tensor:
+def _neighbours(keys: Tensor, steps: Tensor) -> list[Tensor]:
+    """The attribute ``neighbours`` of a lattice whose vertices have these keys, in order."""
+    if keys.device.type == "cpu" and len(keys) >= COMPILED_FROM:
+        kernels = compiled_kernels()
+        if kernels is not None:
+            return kernels.share(kernels.one_step_away, [(keys, step) for step in steps.tolist()])
+    return [_one_step_away(keys, step) for step in steps]
+
+
+def _one_step_away(keys: Tensor, step: Tensor) -> Tensor:
     missing = len(keys)
     wanted = keys + step
     found = torch.searchsorted(keys, wanted, out_int32=True).clamp_(max=missing - 1)

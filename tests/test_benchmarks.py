@@ -66,7 +66,7 @@ def test_pipeline() -> None:
 def test_training() -> None:
     options = ("--recipe", "tiny", "--rounds", "1", "--batch", "4", "--micro-batch", "2")
     found = answer("training", *options)
-    assert {way["kind"] for way in found["ways"]} == {"plain", "products", "recomputed"}
+    assert {way["kind"] for way in found["ways"]} == {"plain", "products", "kept", "recomputed"}
     assert all(way["crops_a_second"] > 0 for way in found["ways"])
 
 

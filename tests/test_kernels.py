@@ -85,6 +85,22 @@ def test_a_switch_out_of_range_drops_its_value() -> None:
     assert torch.equal(kernels.gather(unpooled, switches), x * (switches < 4))
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 40, -3])
+def test_one_walk_finds_all_vertices_one_step_away(step: int) -> None:
+    """The loop, compiled and as plain Python, against a look-up of every key."""
+    values = [0, 1, 2, 5, 7, 8, 11, 47, 51]
+    place = {value: i for i, value in enumerate(values)}
+    none = len(values)
+    expected = [[place.get(v - step, none), i, place.get(v + step, none)] for v, i in place.items()]
+    expected.append([none, none, none])
+    for dtype in (torch.int32, torch.int64):
+        keys = torch.tensor(values, dtype=dtype)
+        assert kernels.one_step_away(keys, step).tolist() == expected
+    found = np.empty((none + 1, 3), np.int32)
+    kernels._walk.py_func(keys.numpy(), step, found)
+    assert found.tolist() == expected
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("channels", "out"), [(16, 16), (3, 40), (70, 5)])
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 9), (28, 31), (3, 64)])

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deconvnet import permutohedral
 from deconvnet.permutohedral import (
     PermutohedralLattice,
     ThinnedLattice,
@@ -137,9 +138,20 @@ def test_filter_equals_dictionary_lattice(dimensions):
     np.testing.assert_allclose(as_matrix(PermutohedralLattice(features), count), expected, 1e-9)
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 5])
-def test_neighbours_lie_one_step_away(dimensions):
-    lattice = PermutohedralLattice(random_points(60, dimensions, 0.7))
+@pytest.mark.parametrize("keys", [torch.int32, torch.int64])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("dimensions", "far"), [(1, 1e12), (2, 1e9), (5, 1e5)])
+def test_neighbours_lie_one_step_away(dimensions, far, compiled, keys, monkeypatch):
+    if compiled:
+        pytest.importorskip("numba")
+        monkeypatch.setattr(permutohedral, "COMPILED_FROM", 0)
+    else:
+        monkeypatch.setattr(permutohedral, "compiled_kernels", lambda: None)
+    points = random_points(60, dimensions, 0.7)
+    if keys == torch.int64:  # two groups, so far apart that keys are long
+        points[:, 0] += far * (points[:, 0] > 0)
+    lattice = PermutohedralLattice(points)
+    assert lattice._keys.dtype == keys
     missing = lattice.num_vertices
     vertices = [tuple(v) for v in lattice.vertices.tolist()]
     index = {vertex: i for i, vertex in enumerate(vertices)}
