@@ -322,9 +322,9 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, torch, OpenCV and this package."""
+    """Versions of Python, this package and, where they are installed, those that it computes with."""
     found = {"python": platform.python_version()}
-    for package in ("deconvnet", "torch", "torchvision", "opencv-contrib-python", "numpy"):
+    for package in ("deconvnet", "torch", "torchvision", "opencv-contrib-python", "numpy", "numba"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
