@@ -322,7 +322,7 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and, where they are installed, those that it computes with."""
+    """Versions of Python, of this package, and of those that it computes with, where installed."""
     found = {"python": platform.python_version()}
     for package in ("deconvnet", "torch", "torchvision", "opencv-contrib-python", "numpy", "numba"):
         try:

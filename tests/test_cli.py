@@ -352,7 +352,7 @@ def test_weights_of_other_classes_are_a_start(shapes_root: Path, tmp_path: Path)
     assert learnt.abs().max() < 0.01  # one small step away from where it began
 
 
-@pytest.mark.usefixtures("small_training", "one_thread")
+@pytest.mark.usefixtures("small_training", "one_thread", "heeds_ctrl_c")
 def test_interrupted_training_goes_on(
     shapes_root: Path,
     tmp_path: Path,

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -276,14 +276,6 @@ def test_sigkill_at_a_random_moment(tmp_path: Path) -> None:
     run(tmp_path / "parts", stage)
     run(tmp_path / "whole", stage)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.fixture
-def heeds_ctrl_c() -> Iterator[None]:
-    """Tests in the background of a script would inherit that Ctrl-C is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeds_ctrl_c")
