@@ -5,11 +5,12 @@
     python benchmarks/crf.py --quality --out results/crf-quality.json
     OMP_NUM_THREADS=2 python benchmarks/crf.py --scaling --out results/crf-scaling.json
 
-Both take turns in one process, so that a machine which does other things slows both of them down;
-the best of the rounds counts. A time is that of the whole call, from image and probabilities to
-probabilities, lattice construction included. ``--quality`` measures instead how near both come to
-exact sums on small crops, ``--scaling`` how time and memory grow, and what it saves that freed
-memory is kept meanwhile (:func:`deconvnet.hardware.keep_memory`).
+Both take turns, so that a machine which does other things slows both of them down; the best of
+the rounds counts. Each has a process of its own, for memory that ours keeps would speed up theirs.
+A time is that of the whole call, from image and probabilities to probabilities, lattice
+construction included. ``--quality`` measures instead how near both come to exact sums on small
+crops, ``--scaling`` how time and memory grow, and what it saves that freed memory is kept meanwhile
+(:func:`deconvnet.hardware.keep_memory`); there each way is on its own, the best of three calls.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from unittest import mock
@@ -50,6 +51,7 @@ SETTINGS = {
 }
 IMAGES = ("astronaut", "coffee", "chelsea", "noise")
 PRUNE_BELOW = 0.02
+SPAWN = multiprocessing.get_context("spawn")
 CROPS = [  # where several labels meet
     (slice(top, top + 64), slice(left, left + 64))
     for top, left in ((60, 60), (60, 300), (230, 180))
@@ -92,42 +94,52 @@ def main() -> None:
 def speed(images: Sequence[str], size: tuple[int, int], labels: int, rounds: int) -> dict:
     """Times of ours and theirs for each image and setting."""
     probabilities = network_like_probabilities(labels, *size)
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as theirs:
+        settings = [
+            {"setting": setting, "image": name}
+            | compare(photograph(name, *size), probabilities, config, rounds, theirs)
+            for name in images
+            for setting, config in SETTINGS.items()
+        ]
     return {
         "size": list(size),
         "labels": labels,
         "iterations": CRFConfig().iterations,
         "mean_confidence": float(probabilities.amax(dim=0).mean()),
         "prune_below": PRUNE_BELOW,
-        "settings": [
-            {"setting": setting, "image": name}
-            | compare(photograph(name, *size), probabilities, config, rounds)
-            for name in images
-            for setting, config in SETTINGS.items()
-        ],
+        "settings": settings,
     }
 
 
-def compare(image: Tensor, probabilities: Tensor, config: CRFConfig, rounds: int) -> dict:
+def timed(refine: Callable[..., Tensor], *arguments: object) -> tuple[float, Tensor]:
+    """Seconds that a refinement took, and its labels."""
+    start = time.perf_counter()
+    refined = refine(*arguments)
+    return time.perf_counter() - start, refined.argmax(dim=0)
+
+
+def compare(
+    image: Tensor, probabilities: Tensor, config: CRFConfig, rounds: int, theirs: Executor
+) -> dict:
     """Times of ours, with all labels and with labels pruned, and of theirs, and how they agree."""
     pruned = replace(config, prune_below=PRUNE_BELOW)
     kernels = pairwise_kernels(image, config)
     left_out = negligible_labels(probabilities, kernels, PRUNE_BELOW)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "pydensecrf": lambda: pydensecrf(image, probabilities, config),
-        "ours": lambda: dense_crf(image, probabilities, config),
-        "ours_pruned": lambda: dense_crf(image, probabilities, pruned),
+    given = image, probabilities, config
+    ways: dict[str, Callable[[], tuple[float, Tensor]]] = {
+        "pydensecrf": lambda: theirs.submit(timed, pydensecrf, *given).result(),
+        "ours": lambda: timed(dense_crf, *given),
+        "ours_pruned": lambda: timed(dense_crf, image, probabilities, pruned),
     }
     if torch.cuda.is_available():
         there = image.cuda(), probabilities.cuda()
-        ways["ours_gpu"] = lambda: dense_crf(*there, config).cpu()
+        ways["ours_gpu"] = lambda: timed(lambda: dense_crf(*there, config).cpu())
     seconds = dict.fromkeys(ways, math.inf)
     labels = {}
     for _ in range(rounds):
-        for name, refine in ways.items():
-            start = time.perf_counter()
-            refined = refine()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-            labels[name] = refined.argmax(dim=0)
+        for name, measure in ways.items():
+            taken, labels[name] = measure()
+            seconds[name] = min(seconds[name], taken)
     entry = {}
     for name in ways:
         entry[f"{name}_s"] = round(seconds[name], 4)
@@ -326,65 +338,50 @@ MESSAGES = {"ours": our_message, "pydensecrf": their_message}
 
 
 def scaling() -> list[dict]:
-    """Time and memory by pixels, labels, lattice points, images; each case in its own process."""
+    """Time and memory by pixels, labels, lattice points, images."""
     sizes = (64, 64), (188, 250), (375, 500), (720, 1280)
     cases = [("astronaut", size, 21, 1) for size in sizes]
     cases += [("astronaut", (375, 500), labels, 1) for labels in (2, 5, 60)]
     cases += [("noise", size, 21, 1) for size in sizes[2:]]
     cases += [("astronaut", (375, 500), 21, 8)]
-    spawn = multiprocessing.get_context("spawn")
     found = []
-    for case, setting in itertools.product(cases, SETTINGS):
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            found.append(pool.submit(one_case, *case, setting).result())
+    for (image, size, labels, images), setting in itertools.product(cases, SETTINGS):
+        case = {"image": image, "setting": setting, "size": list(size), "labels": labels}
+        case["images"] = images
+        ways = {"ours": "", "ours_given_back": "_given_back"}
+        if (image, labels, images) == ("astronaut", 21, 1):
+            ways["pydensecrf"] = "_pydensecrf"
+        pixels = photograph(image, *size)
+        lattice = pairwise_kernels(pixels, SETTINGS[setting], "lattice")[-1].filter
+        found.append(case | {"vertices": lattice.num_vertices})
+        for way, suffix in ways.items():
+            with ProcessPoolExecutor(1, mp_context=SPAWN) as alone:
+                measured = alone.submit(one_case, **case, way=way).result()
+            found[-1] |= {f"{name}{suffix}": value for name, value in measured.items()}
     return found
 
 
-def one_case(image: str, size: tuple[int, int], labels: int, images: int, setting: str) -> dict:
-    """The time of a call for each of some images, and how it raises the process's peak memory.
-
-    First with freed memory given back to the system, then as the package does it.
-    """
+def one_case(
+    image: str, setting: str, size: Sequence[int], labels: int, images: int, way: str = "ours"
+) -> dict:
+    """The time of a call for each of some images, and how it raises the process's peak memory."""
     from network import forget_peak, peak_mebibytes  # tests load this file without its folder
 
     cpu = torch.device("cpu")
     pixels = photograph(image, *size)
     probabilities = network_like_probabilities(labels, *size)
-    config = SETTINGS[setting]
+    refine = pydensecrf if way == "pydensecrf" else dense_crf
+    as_usual = mock.patch("deconvnet.crf.keep_memory", return_value=nullcontext())
     forget_peak()  # that of making the probabilities may lie higher
     before = peak_mebibytes(cpu)
-
-    def best(rounds: int) -> float:
-        seconds = math.inf
-        for _ in range(rounds):
+    seconds = math.inf
+    with as_usual if way == "ours_given_back" else nullcontext():
+        for _ in range(3):
             start = time.perf_counter()
             for _ in range(images):
-                dense_crf(pixels, probabilities, config)
+                refine(pixels, probabilities, SETTINGS[setting])
             seconds = min(seconds, time.perf_counter() - start)
-        return seconds
-
-    rounds = 3 if images == 1 else 1
-    with mock.patch("deconvnet.crf.keep_memory", return_value=nullcontext()):
-        given_back = best(rounds), peak_mebibytes(cpu) - before
-    seconds, raised = best(rounds), peak_mebibytes(cpu) - before
-    bilateral = pairwise_kernels(pixels, config, "lattice")[-1].filter
-    found = {
-        "image": image,
-        "setting": setting,
-        "size": list(size),
-        "labels": labels,
-        "images": images,
-        "vertices": bilateral.num_vertices,
-        "seconds": round(seconds, 3),
-        "mebibytes": raised,
-        "seconds_given_back": round(given_back[0], 3),
-        "mebibytes_given_back": given_back[1],
-    }
-    if (image, labels, images) == ("astronaut", 21, 1):  # theirs, by size
-        start = time.perf_counter()
-        pydensecrf(pixels, probabilities, config)
-        found["pydensecrf_seconds"] = round(time.perf_counter() - start, 3)
-    return found
+    return {"seconds": round(seconds, 3), "mebibytes": peak_mebibytes(cpu) - before}
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def test_memory_of_a_crf_does_not_count_what_came_before() -> None:
         "print(before - peak_mebibytes(cpu))\n"
         "many = torch.ones(2**26)\n"
         "del many\n"
-        "print(one_case('noise', (96, 96), 21, 1, list(SETTINGS)[0])['mebibytes'])\n",
+        "print(one_case('noise', list(SETTINGS)[0], (96, 96), 21, 1)['mebibytes'])\n",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     forgotten, of_the_crf = map(int, done.stdout.split())
