@@ -348,16 +348,16 @@ def scaling() -> list[dict]:
     for (image, size, labels, images), setting in itertools.product(cases, SETTINGS):
         case = {"image": image, "setting": setting, "size": list(size), "labels": labels}
         case["images"] = images
-        ways = {"ours": "", "ours_given_back": "_given_back"}
+        ways = {"ours": "{}", "ours_given_back": "{}_given_back"}
         if (image, labels, images) == ("astronaut", 21, 1):
-            ways["pydensecrf"] = "_pydensecrf"
+            ways["pydensecrf"] = "pydensecrf_{}"
         pixels = photograph(image, *size)
         lattice = pairwise_kernels(pixels, SETTINGS[setting], "lattice")[-1].filter
         found.append(case | {"vertices": lattice.num_vertices})
-        for way, suffix in ways.items():
+        for way, key in ways.items():
             with ProcessPoolExecutor(1, mp_context=SPAWN) as alone:
                 measured = alone.submit(one_case, **case, way=way).result()
-            found[-1] |= {f"{name}{suffix}": value for name, value in measured.items()}
+            found[-1] |= {key.format(name): value for name, value in measured.items()}
     return found
 
 
