@@ -122,8 +122,9 @@ def keep_memory(device: torch.device) -> Iterator[None]:
 
     Meanwhile the process holds what it needed at its peak and somewhat more, since free pieces
     seldom fit exactly. If it has grown by more than ``SPARE_BYTES``, the end returns all that is
-    free. Contexts may lie within each other, and beside each other in threads; the last one ends
-    them all.
+    free; contexts that follow each other, and grow by less each, may add up to what all of them
+    need. They may lie within each other, and beside each other in threads; the last one ends them
+    all.
 
     Args:
         device: Where the tensors are. Without effect but on a CPU under glibc, and there if the
