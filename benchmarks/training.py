@@ -4,9 +4,9 @@
 
 Each way runs in a process of its own, whose peak memory is hence its own: float32 and, where the
 hardware has it, 16 bits; ``plain`` as a user of the network would write it, then with the fc
-layers as matrix products, then with freed memory kept as well, as
-:func:`deconvnet.training.train` has it, and last with ``recompute`` on top of that. The ways take
-turns, and the best of the rounds counts.
+layers as matrix products, as :func:`deconvnet.training.train` has it, then with freed memory kept
+as well, as ``deconvnet train`` has it, or with ``recompute`` in its place. The ways take turns,
+and the best of the rounds counts.
 
 An update takes ``--batch`` crops, ``--micro-batch`` at a time (gradients accumulate); the best of
 a few micro-batches counts, and the time of all is what it implies, plus the optimiser's step. The
@@ -140,9 +140,10 @@ def one_way(
         return wait() - start
 
     faster = nullcontext() if kind == "plain" else matrix_products(model)
-    keeping = keep_memory(device) if kind in ("kept", "recomputed") else nullcontext()
     saving = recomputed(model) if kind == "recomputed" else nullcontext()
-    with faster, keeping, saving:
+    if kind == "kept":
+        keep_memory()
+    with faster, saving:
         learn(), step(), learn()  # warms up, and makes the momenta
         before = resource.getrusage(resource.RUSAGE_SELF)
         times = [learn() for _ in range(10 if device.type == "cuda" else 3)]

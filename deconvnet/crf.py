@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.gaussian import MAX_EXACT_PIXELS, ExactFilter, Filter, GridGaussian
-from deconvnet.hardware import keep_memory
 from deconvnet.permutohedral import PermutohedralLattice, lattice_filter
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
@@ -45,13 +44,16 @@ def _check_image(image: Tensor) -> None:
         raise ValueError(f"image must be RGB [3, H, W], got shape {tuple(image.shape)}")
 
 
-def _check_maps(name: str, maps: Tensor) -> None:
+def _check_maps(name: str, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Refuses what are no maps; the least and the greatest value."""
     if maps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {maps.dtype}")
     if maps.ndim != 3 or maps.numel() == 0:
         raise ValueError(f"{name} must be [C, H, W], got shape {tuple(maps.shape)}")
-    if not torch.stack(maps.aminmax()).isfinite().all():  # NaN is every extreme
+    low, high = maps.aminmax()
+    if not (low.isfinite() and high.isfinite()):  # NaN is every extreme
         raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,7 @@ def unary_from_probabilities(probabilities: Tensor, min_probability: float = 1e-
 
 
 def _check_probabilities(probabilities: Tensor) -> None:
-    _check_maps("probabilities", probabilities)
-    low, high = probabilities.aminmax()
+    low, high = _check_maps("probabilities", probabilities)
     if low < -1e-3 or high > 1 + 1e-3:
         raise ValueError(f"probabilities must be in [0, 1], got [{low:.4g}, {high:.4g}]")
     off = (probabilities.sum(dim=0) - 1).abs().max()
@@ -154,14 +155,16 @@ def bilateral_features(image: Tensor, sigma: float, sigma_rgb: float) -> Tensor:
         float32 ``[H * W, 5]``: x, y, red, green, blue.
     """
     _check_image(image)
-    colours = image.flatten(1).T / sigma_rgb
-    return torch.cat([position_features(*image.shape[1:], sigma).to(colours), colours], dim=1)
+    colours = image.flatten(1) / sigma_rgb
+    positions = position_features(*image.shape[1:], sigma).to(colours)
+    return torch.cat([positions.T, colours]).T  # feature by feature in memory, as they are read
 
 
 def position_features(height: int, width: int, sigma: float) -> Tensor:
     """Pixel positions in units of ``sigma`` pixels: float32 ``[H * W, 2]``, x then y."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([x.flatten(), y.flatten()], dim=1) / sigma
+    lines = [torch.arange(length) / sigma for length in (height, width)]
+    y, x = torch.meshgrid(*lines, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()]).T
 
 
 class PairwiseKernel:
@@ -269,10 +272,11 @@ def pairwise_kernels(
         method = "exact"
     if weights is not None or config.gaussian_weight:
         sigma = config.gaussian_sigma
-        positions = position_features(*size, sigma).to(ones)
-        on_grid = method in ("auto", "lattice")
-        filter = GridGaussian(*size, sigma) if on_grid else _filter(method, positions)
-        add(filter, gaussian_weight)
+        if method in ("auto", "lattice"):
+            add(GridGaussian(*size, sigma), gaussian_weight)
+        else:
+            positions = position_features(*size, sigma).to(ones)
+            add(_filter(method, positions), gaussian_weight)
     if weights is not None or config.bilateral_weight:
         features = bilateral_features(image, config.bilateral_sigma, config.bilateral_sigma_rgb)
         add(_filter(method, features.to(ones)), bilateral_weight)
@@ -331,10 +335,11 @@ def mean_field(
 def _softmax(logits: Tensor) -> Tensor:
     short = logits.shape[1] < SHORT_ROW and logits.device.type == "cpu"
     if short and not logits.requires_grad:
-        low, high = logits.aminmax()
-        if low > -80 and high < 80:  # no exponential leaves the range of float32
-            beliefs = logits.exp()
-            return beliefs.div_(beliefs.sum(dim=1, keepdim=True))
+        beliefs = logits.exp()
+        total = beliefs @ beliefs.new_ones(logits.shape[1], 1)
+        low, high = total.aminmax()
+        if low > 1e-25 and high < math.inf:  # no exponential that counts left float32's range
+            return beliefs.div_(total)
     return logits.softmax(dim=1)
 
 
@@ -415,6 +420,9 @@ def dense_crf(
     Returns:
         Probabilities ``[C, H, W]``, on the device and in the dtype of those given.
 
+    A program that refines many images of a megapixel on a CPU gains by
+    :func:`deconvnet.hardware.keep_memory`.
+
     Raises:
         TypeError: if image or probabilities have the wrong dtype.
         ValueError: if shapes do not fit, values are out of range or not finite, or the method is
@@ -435,17 +443,17 @@ def dense_crf(
         )
     device, dtype = probabilities.device, probabilities.dtype
     precise = torch.autocast(device.type, enabled=False)  # ten iterations add up their rounding
-    with precise, keep_memory(device):
+    with precise:
         kernels = pairwise_kernels(image.to(device), config, method, dtype)
         if not config.prune_below:
             unary = unary_from_probabilities(probabilities, config.min_probability)
             return mean_field(unary, kernels, config.iterations, on_iteration)
         pruned = negligible_labels(probabilities, kernels, config.prune_below)
         kept = (~pruned).nonzero().flatten()
-        rest = probabilities[kept].sum(dim=0)
+        left_out = probabilities.sum(dim=0) - probabilities[kept].sum(dim=0)
 
         def among_all(beliefs: Tensor) -> Tensor:
-            return probabilities.index_copy(0, kept, beliefs * rest)
+            return probabilities.index_copy(0, kept, beliefs * (1 - left_out))
 
         watch = on_iteration and (lambda i, beliefs: on_iteration(i, among_all(beliefs)))
         unary = -probabilities[kept].clamp(min=config.min_probability).log()

@@ -26,7 +26,6 @@ from deconvnet.crf import (
     pairwise_kernels,
     unary_from_probabilities,
 )
-from deconvnet.hardware import keep_memory
 from deconvnet.metrics import ConfusionMatrix
 
 # The authors' setting of kernels in the middle, each step about a factor of two.
@@ -103,8 +102,7 @@ def search_crf(
     plain = ConfusionMatrix(num_labels)
     refined = [ConfusionMatrix(num_labels) for _ in settings]
     total = len(examples) * len(settings)
-    bar = tqdm(total=total, desc="CRF settings", disable=not progress)
-    with bar, torch.no_grad(), keep_memory(examples[0][1].device):
+    with tqdm(total=total, desc="CRF settings", disable=not progress) as bar, torch.no_grad():
         for image, probabilities, labels in examples:
             labels = labels.cpu()
             plain.update(probabilities.argmax(dim=0).to("cpu", torch.uint8), labels)

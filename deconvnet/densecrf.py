@@ -33,7 +33,6 @@ import numpy as np
 import torch
 
 from deconvnet.crf import CRFConfig, PairwiseKernel, mean_field, pairwise_kernels
-from deconvnet.hardware import keep_memory
 
 NO_NORMALIZATION = "none"
 NORMALIZE_BEFORE = "before"
@@ -180,8 +179,7 @@ class DenseCRF2D:
         """
         if self._unary is None:
             raise RuntimeError("call setUnaryEnergy before inference")
-        with keep_memory(self.device):
-            return mean_field(self._unary, self._kernels, iterations).flatten(1).cpu().numpy()
+        return mean_field(self._unary, self._kernels, iterations).flatten(1).cpu().numpy()
 
     def _add(self, image: torch.Tensor, **settings: float | str) -> None:
         method = "original" if settings["normalization"] == NO_NORMALIZATION else "auto"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class GridGaussian:
     def __init__(self, height: int, width: int, sigma: float) -> None:
         self.size = height, width
         self.sigma = sigma
-        self._built: dict[tuple, list[_Matrix]] = {}  # by device and dtype, on first use
+        self._built: dict[tuple, list[SparseMatrix]] = {}  # by device and dtype, on first use
 
     def __call__(self, values: Tensor) -> Tensor:
         """Filter values ``[H * W, C]`` to the same shape."""
@@ -105,36 +105,36 @@ class GridGaussian:
 
         down_y, down_x, up_x, up_y = self._matrices(scale_in)
         (in_y, in_x), (out_y, out_x) = factors(scale_in), factors(scale_out)
-        rows = len(down_y.index)
+        rows = down_y.rows
         matrices = [
-            down_y._replace(weight=down_y.weight * in_y[down_y.index]),
-            down_x._replace(weight=down_x.weight * in_x.repeat(rows)[down_x.index]),
-            up_x._replace(weight=up_x.weight * out_x.repeat(rows)[:, None]),
-            up_y._replace(weight=up_y.weight * out_y[:, None]),
+            down_y.times_columns(in_y),
+            down_x.times_columns(in_x.repeat(rows)),
+            up_x.times_rows(out_x.repeat(rows)),
+            up_y.times_rows(out_y),
         ]
         return lambda values: self._down_and_up(values.contiguous(), matrices)
 
     def _filter(self, values: Tensor) -> Tensor:
         return self._down_and_up(values, self._matrices(values))
 
-    def _down_and_up(self, values: Tensor, matrices: list[_Matrix]) -> Tensor:
+    def _down_and_up(self, values: Tensor, matrices: list[SparseMatrix]) -> Tensor:
         down_y, down_x, up_x, up_y = matrices
         shape, (height, _) = values.shape, self.size
         coarse = down_y(values.view(height, -1))  # whole rows of the image at a time
         fine = up_x(down_x(coarse.view(-1, shape[1])))
         return up_y(fine.view(len(coarse), -1)).view(shape)
 
-    def _matrices(self, values: Tensor) -> list[_Matrix]:
+    def _matrices(self, values: Tensor) -> list[SparseMatrix]:
         key = values.device, values.dtype
         if key not in self._built:
             height, width = self.size
             down_y, up_y = _square_root(height, self.sigma)
             down_x, up_x = _square_root(width, self.sigma)
-            rows = len(down_y.index)
+            rows = down_y.rows
             matrices = (
                 down_y,
                 down_x.for_every_row(rows, width),
-                up_x.for_every_row(rows, len(down_x.index)),
+                up_x.for_every_row(rows, down_x.rows),
                 up_y,
             )
             self._built[key] = [matrix.to(*key) for matrix in matrices]
@@ -158,27 +158,64 @@ class GridGaussian:
         return (-0.5 * (offsets / self.sigma) ** 2).exp()
 
 
-class _Matrix(NamedTuple):
-    """A sparse matrix with the same number ``k`` of entries in each of its ``R`` rows."""
+@dataclass(frozen=True)
+class SparseMatrix:
+    """A sparse matrix of ``R`` rows and ``E`` entries, row after row.
 
-    index: Tensor  # int32 [R, k], the entries' columns
-    weight: Tensor  # float [R, k]
+    PyTorch's ``embedding_bag`` multiplies by such a matrix, fast on every device.
+    """
+
+    columns: Tensor  # int32 [E], of the entries
+    weights: Tensor  # float [E], the entries
+    starts: Tensor  # int32 [R + 1], the first entry of each row, then E
+
+    @classmethod
+    def from_rows(cls, columns: Tensor, weights: Tensor) -> SparseMatrix:
+        """The matrix with the same number ``k`` of entries in every row, both ``[R, k]``."""
+        rows, entries = columns.shape
+        # Kept, since embedding_bag would otherwise count them out for every product.
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=columns.device) * entries
+        return cls(columns.flatten(), weights.flatten(), starts)
+
+    @property
+    def rows(self) -> int:
+        """Their number ``R``."""
+        return len(self.starts) - 1
 
     def __call__(self, values: Tensor) -> Tensor:
-        """The product with ``values``."""
-        return F.embedding_bag(self.index, values, mode="sum", per_sample_weights=self.weight)
+        """The product with ``values``, which has a row for every column of the matrix."""
+        return F.embedding_bag(
+            self.columns,
+            values,
+            self.starts,
+            mode="sum",
+            per_sample_weights=self.weights,
+            include_last_offset=True,
+        )
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> _Matrix:
+    def times_columns(self, factors: Tensor) -> SparseMatrix:
+        """The matrix with every column multiplied by its factor."""
+        return replace(self, weights=self.weights * factors.index_select(0, self.columns))
+
+    def times_rows(self, factors: Tensor) -> SparseMatrix:
+        """The matrix with every row, all of the same length, multiplied by its factor."""
+        weights = self.weights.view(self.rows, -1) * factors[:, None]
+        return replace(self, weights=weights.flatten())
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SparseMatrix:
         """A copy for values of this kind."""
-        return _Matrix(self.index.to(device), self.weight.to(device, dtype))
+        return SparseMatrix(
+            self.columns.to(device), self.weights.to(device, dtype), self.starts.to(device)
+        )
 
-    def for_every_row(self, rows: int, length: int) -> _Matrix:
-        """The same matrix for each of an image's rows, which have ``length`` entries."""
-        starts = length * torch.arange(rows, dtype=torch.int32)[:, None, None]
-        return _Matrix((starts + self.index).flatten(0, 1), self.weight.repeat(rows, 1))
+    def for_every_row(self, rows: int, length: int) -> SparseMatrix:
+        """The same matrix for each of an image's rows, which have ``length`` values."""
+        first = length * torch.arange(rows, dtype=torch.int32)[:, None]
+        columns = (first + self.columns).view(rows * self.rows, -1)
+        return SparseMatrix.from_rows(columns, self.weights.repeat(rows).view_as(columns))
 
 
-def _square_root(length: int, sigma: float) -> tuple[_Matrix, _Matrix]:
+def _square_root(length: int, sigma: float) -> tuple[SparseMatrix, SparseMatrix]:
     """Matrices down to a coarse grid and up again, whose product is a Gaussian.
 
     ``exp(-(x - u)^2 / sigma^2)`` times the same at ``y``, summed over nodes ``u`` at a distance of
@@ -191,13 +228,14 @@ def _square_root(length: int, sigma: float) -> tuple[_Matrix, _Matrix]:
     pixels = torch.arange(length)
     nodes = stride * torch.arange(-outside, (length - 1) // stride + outside + 1)
 
-    def matrix(here: Tensor, there: Tensor, nearest: Tensor, span: int) -> _Matrix:
+    def matrix(here: Tensor, there: Tensor, nearest: Tensor, span: int) -> SparseMatrix:
         index = nearest[:, None] + torch.arange(-span, span + 1)
         exists = (index >= 0) & (index < len(there))
         index = index.clamp(0, len(there) - 1)
         apart = here[:, None] - there[index]
         weight = (-((apart.double() / sigma) ** 2)).exp() * (exists & (apart.abs() <= reach))
-        return _Matrix(index.int(), weight * math.sqrt(stride / sigma / math.sqrt(math.pi / 2)))
+        weight *= math.sqrt(stride / sigma / math.sqrt(math.pi / 2))
+        return SparseMatrix.from_rows(index.int(), weight)
 
     down = matrix(nodes, pixels, nodes, math.floor(reach))
     up = matrix(pixels, nodes, pixels // stride + outside, math.ceil(reach / stride))

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import os
-import threading
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -101,71 +98,34 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
     return kernels
 
 
-SPARE_BYTES = 2**29
-"""What :func:`keep_memory` may leave with the process."""
-
-# Of glibc's malloc.h: the settings' names, and what they are set to when no context is left.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-_AFTERWARDS = {_MMAP_MAX: 2**16, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: SPARE_BYTES}
-
-_keepers, _held_before, _keepers_lock = 0, 0, threading.Lock()
-
-
-@contextmanager
-def keep_memory(device: torch.device) -> Iterator[None]:
-    """While it lasts, memory that one tensor gives back is there for the next one.
+def keep_memory() -> bool:
+    """From now on, memory that one tensor gives back is there for the next one.
 
     The C library of most Linux systems, glibc, returns blocks of many megabytes to the system as
     soon as they are free. The next tensor of that size gets other pages, and the system clears
     each of them, 4 KiB at a time, when it is first touched. That can take as long as the
     arithmetic. (On a GPU, PyTorch keeps a store of its own.)
 
-    Meanwhile the process holds what it needed at its peak and somewhat more, since free pieces
-    seldom fit exactly. If it has grown by more than ``SPARE_BYTES``, the end returns all that is
-    free; contexts that follow each other, and grow by less each, may add up to what all of them
-    need. They may lie within each other, and beside each other in threads; the last one ends them
-    all.
+    This holds for the whole process and to its end, so it is a decision for a program, not for a
+    library: ``deconvnet train`` takes it on a CPU. It suits work that repeats itself, whose freed
+    pieces fit again; such a process holds a fifth more than it needs at its peak. Where sizes
+    change all the time, or a small tensor stays after every large one, pieces seldom fit, and the
+    process grows far beyond what it needs.
 
-    Args:
-        device: Where the tensors are. Without effect but on a CPU under glibc, and there if the
-            environment (``MALLOC_…``, ``GLIBC_TUNABLES``) has settings of the user's.
+    Returns:
+        Whether it does. Not if the C library is another one, nor if the environment
+        (``MALLOC_…``, ``GLIBC_TUNABLES``) has settings of the user's for its memory.
     """
-    global _keepers, _held_before
-    glibc = _glibc() if device.type == "cpu" else None
-    if glibc is None:
-        yield
-        return
-    with _keepers_lock:
-        _keepers += 1
-        if _keepers == 1:
-            _held_before = _held_bytes()
-            glibc.mallopt(_MMAP_MAX, 0)  # no block of its own for a large tensor …
-            glibc.mallopt(_TRIM_THRESHOLD, -1)  # … and nothing back from the end of the others
-    try:
-        yield
-    finally:
-        with _keepers_lock:
-            _keepers -= 1
-            if _keepers == 0:
-                for name, value in _AFTERWARDS.items():
-                    glibc.mallopt(name, value)
-                if _held_bytes() > _held_before + SPARE_BYTES:
-                    glibc.malloc_trim(0)
-
-
-def _held_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE
-
-
-@functools.cache
-def _glibc() -> ctypes.CDLL | None:
-    """The process's C library, if it is glibc and the user has not tuned its memory."""
-    tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if tuned or not os.path.exists("/proc/self/statm"):
-        return None
+    if sys.platform != "linux" or any(
+        name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ
+    ):
+        return False
     library = ctypes.CDLL(None)
-    return library if hasattr(library, "gnu_get_libc_version") else None
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    trim_threshold, mmap_max = -1, -4  # their numbers in glibc's malloc.h
+    # No block of its own for a large tensor, and nothing back from the end of the others.
+    return bool(library.mallopt(mmap_max, 0) and library.mallopt(trim_threshold, -1))
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

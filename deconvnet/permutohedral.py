@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.gaussian import Filter, LinearFilter
+from deconvnet.gaussian import Filter, LinearFilter, SparseMatrix
 from deconvnet.hardware import compiled_kernels
 
 MIN_ALONE = 0.25  # share of isolated points from which leaving them out saves time
@@ -68,12 +69,13 @@ def enclosing_simplex(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         one per corner, non-negative and summing to 1 up to rounding.
     """
     multiples, order, weights = _round_down(points.T)
+    multiples = multiples.long()
     corner = (multiples * len(multiples) - multiples.sum(dim=0)).T
     return corner.contiguous(), order.T.long().contiguous(), weights.T.contiguous()
 
 
 def _round_down(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`enclosing_simplex`, coordinates first; instead of the corner its multiples."""
+    """:func:`enclosing_simplex`, coordinates first; instead of the corner its multiples, floats."""
     side = len(points)
     scaled = points / side
     multiples = scaled.floor()
@@ -92,7 +94,7 @@ def _round_down(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sorted_remainder = (ordered >> bits).to(points.dtype) / one
     first = 1 + sorted_remainder[:1] - sorted_remainder[-1:]
     weights = torch.cat([first, sorted_remainder.diff(dim=0)])
-    return multiples.long(), ordered & 2**bits - 1, weights
+    return multiples, ordered & 2**bits - 1, weights
 
 
 def _round_as_the_original(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +126,7 @@ def _round_as_the_original(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     order = falling.gather(0, (side - 1 - turn - excess) % side)
     rising = ((points - side * multiples) * inverse).gather(0, order)
     weights = torch.cat([1 + rising[:1] - rising[-1:], rising.diff(dim=0)])
-    return multiples.long(), order, weights.to(features.dtype)
+    return multiples, order, weights.to(features.dtype)
 
 
 class PermutohedralLattice:
@@ -159,8 +161,6 @@ class PermutohedralLattice:
                 "features must be a non-empty float tensor [N, d], "
                 f"got {features.dtype} {tuple(features.shape)}"
             )
-        if not torch.stack(features.aminmax()).isfinite().all():  # NaN is every extreme
-            raise ValueError("features must be finite, got NaN or infinity")
         side = features.shape[1] + 1
         if original:
             multiples, order, barycentric = _round_as_the_original(features)
@@ -177,21 +177,26 @@ class PermutohedralLattice:
         # only up to a common number, so their differences tell the vertices apart; and each, by
         # the shape of `embedding`, depends on two features only, which keeps their range small.
         differences = multiples.diff(dim=0)
-        self._low = differences.amin(dim=1) - 2  # one for the corners, one for their neighbours
-        self._span = differences.amax(dim=1) + 3 - self._low
-        spans = self._span.tolist()
-        if math.prod(spans) >= 2**63:
+        least = differences.amin(dim=1).double()
+        # Room on either side: 1 for the corners, 1 for their neighbours.
+        spans = (differences.amax(dim=1) - least + 5).tolist()
+        cells = math.prod(spans)
+        if not cells < 2**62:  # too many, or NaN
+            if not features.isfinite().all():
+                raise ValueError("features must be finite, got NaN or infinity")
             raise ValueError(
-                f"features spread over {math.prod(spans):.1e} lattice cells, more than 64-bit "
-                "keys can tell apart; use larger standard deviations"
+                f"features spread over {cells:.1e} lattice cells, more than 64-bit keys can tell "
+                "apart; use larger standard deviations"
             )
-        self._place = differences.new_tensor([math.prod(spans[:i]) for i in range(side - 1)])
-        steps = F.pad(self._place, (0, 1)) - F.pad(self._place, (1, 0))
-        key = torch.zeros_like(differences[0])
-        for numbers, low, place in zip(differences, self._low.tolist(), self._place.tolist()):
-            key.add_(numbers - low, alpha=place)
-        if math.prod(spans) < 2**31:
-            key, steps = key.int(), steps.int()  # half the bytes to sort
+        spans = [int(span) for span in spans]
+        integers = torch.int32 if cells < 2**31 else torch.int64  # half the bytes to sort
+        places = [math.prod(spans[:i]) for i in range(side - 1)]
+        self._low = least.long() - 2
+        self._span, self._place = self._low.new_tensor(spans), self._low.new_tensor(places)
+        steps = (F.pad(self._place, (0, 1)) - F.pad(self._place, (1, 0))).to(integers)
+        key = torch.full_like(differences[0], 2 * sum(places), dtype=integers)
+        for numbers, lowest, place in zip(differences, least, places):
+            key.add_((numbers.double() - lowest).to(integers), alpha=place)
         keys = [key]
         for reduced in order[:-1]:
             keys.append(keys[-1] + steps.index_select(0, reduced))
@@ -208,10 +213,13 @@ class PermutohedralLattice:
         self.neighbours = _neighbours(self._keys, steps)
 
         # The last vertex stands for all that are missing: no point touches it.
-        self._splat_starts = F.pad(starts, (0, 1), value=len(origin)).int()
-        self._splat_points = origin.int() // side
-        self._splat_weights = self.weights.flatten().index_select(0, origin)
-        self._blur_weights = features.new_tensor([0.5, 1, 0.5]).repeat(self.num_vertices + 1, 1)
+        starts = F.pad(starts, (0, 2), value=len(origin)).int()
+        touching = self.weights.flatten().index_select(0, origin)
+        self._to_vertices = SparseMatrix(origin.int() // side, touching, starts)
+        self._to_points = SparseMatrix.from_rows(self.corners, self.weights)
+        halves = features.new_tensor([0.5, 1, 0.5]).repeat(self.num_vertices + 1, 1)
+        step = SparseMatrix.from_rows(self.neighbours[0], halves)
+        self._steps = [replace(step, columns=found.flatten()) for found in self.neighbours]
 
     @property
     def vertices(self) -> Tensor:
@@ -225,7 +233,7 @@ class PermutohedralLattice:
 
     def points_at_vertices(self) -> Tensor:
         """How many points touch each vertex: int32 ``[M]``."""
-        return self._splat_starts.diff()
+        return self._to_vertices.starts[:-1].diff()
 
     def alone(self) -> Tensor:
         """Points that exchange no weight with any other point: bool ``[N]``.
@@ -243,25 +251,17 @@ class PermutohedralLattice:
 
     def splat(self, values: Tensor) -> Tensor:
         """Spread the points' values ``[N, C]`` over the vertices, ``[M + 1, C]``."""
-        return F.embedding_bag(
-            self._splat_points,
-            values,
-            self._splat_starts,
-            mode="sum",
-            per_sample_weights=self._splat_weights,
-        )
+        return self._to_vertices(values)
 
     def blur(self, values: Tensor, backwards: bool = False) -> Tensor:
         """Add to every vertex half of its two neighbours, one lattice direction after another."""
-        for neighbours in reversed(self.neighbours) if backwards else self.neighbours:
-            values = F.embedding_bag(
-                neighbours, values, mode="sum", per_sample_weights=self._blur_weights
-            )
+        for step in reversed(self._steps) if backwards else self._steps:
+            values = step(values)
         return values
 
     def slice(self, values: Tensor) -> Tensor:
         """Read the vertices' values ``[M + 1, C]`` at the points, ``[N, C]``."""
-        return F.embedding_bag(self.corners, values, mode="sum", per_sample_weights=self.weights)
+        return self._to_points(values)
 
     def __call__(self, values: Tensor) -> Tensor:
         """Filter values ``[N, C]``, of the features' dtype, to the same shape."""
@@ -278,9 +278,8 @@ class PermutohedralLattice:
             A filter that is not differentiable.
         """
         lattice = copy.copy(self)
-        at_points = scale_in.flatten().index_select(0, self._splat_points)
-        lattice._splat_weights = self._splat_weights * at_points
-        lattice.weights = self.weights * scale_out
+        lattice._to_vertices = self._to_vertices.times_columns(scale_in.flatten())
+        lattice._to_points = self._to_points.times_rows(scale_out.flatten())
         return lambda values: lattice._filter(values.contiguous())
 
     def _transpose(self, values: Tensor) -> Tensor:
@@ -320,9 +319,10 @@ class ThinnedLattice:
     def __init__(self, lattice: PermutohedralLattice, features: Tensor) -> None:
         alone = lattice.alone()
         own = lattice(torch.ones_like(features[:, :1]))
-        self._own = torch.where(alone[:, None], own, 0)  # the factor of each isolated point
+        points = torch.arange(len(alone), dtype=torch.int32, device=alone.device)[:, None]
+        # A diagonal matrix, the factor of each isolated point: faster than a product of tensors.
+        self._own = SparseMatrix.from_rows(points, torch.where(alone[:, None], own, 0))
         self._crowd = (~alone).nonzero().flatten()
-        self._points = torch.arange(len(alone), dtype=torch.int32, device=alone.device)[:, None]
         self._lattice = PermutohedralLattice(features[self._crowd]) if len(self._crowd) else None
         self.num_vertices = self._lattice.num_vertices if self._lattice else 0
 
@@ -333,7 +333,7 @@ class ThinnedLattice:
     def scaled(self, scale_in: Tensor, scale_out: Tensor) -> Filter:
         """The filter between two multiplications, see :meth:`PermutohedralLattice.scaled`."""
         thinned = copy.copy(self)
-        thinned._own = self._own * scale_in * scale_out
+        thinned._own = self._own.times_rows((scale_in * scale_out).flatten())
         if self._lattice is None:
             return thinned._filter
         filter = self._lattice.scaled(scale_in[self._crowd], scale_out[self._crowd])
@@ -346,10 +346,7 @@ class ThinnedLattice:
         return self._join(values, self._lattice and self._lattice._transpose)
 
     def _join(self, values: Tensor, filter: Filter | None) -> Tensor:
-        # A matrix with one entry a row: faster than a product where rows are short.
-        sums = F.embedding_bag(
-            self._points, values.contiguous(), mode="sum", per_sample_weights=self._own
-        )
+        sums = self._own(values.contiguous())
         if filter is None:
             return sums
         return sums.index_copy_(0, self._crowd, filter(values.index_select(0, self._crowd)))
@@ -382,7 +379,7 @@ def _self_weight(barycentric: Tensor) -> Tensor:
     index = torch.arange(side, device=barycentric.device)
     apart = (index - index[:, None]) % side
     path = 0.5**apart + 0.5 ** (side - apart) + (apart == 0) * 0.5**side
-    return (path.T.to(barycentric) @ barycentric * barycentric).sum(dim=0)
+    return (path.to(barycentric) @ barycentric * barycentric).sum(dim=0)
 
 
 def _neighbours(keys: Tensor, steps: Tensor) -> list[Tensor]:
@@ -391,16 +388,17 @@ def _neighbours(keys: Tensor, steps: Tensor) -> list[Tensor]:
         kernels = compiled_kernels()
         if kernels is not None:
             return kernels.share(kernels.one_step_away, [(keys, step) for step in steps.tolist()])
-    return [_one_step_away(keys, step) for step in steps]
+    return list(_one_step_away(keys, steps))
 
 
-def _one_step_away(keys: Tensor, step: Tensor) -> Tensor:
+def _one_step_away(keys: Tensor, steps: Tensor) -> Tensor:
+    """:func:`deconvnet.kernels.one_step_away`, for all steps: int32 ``[d + 1, M + 1, 3]``."""
     missing = len(keys)
-    wanted = keys + step
+    wanted = keys + steps[:, None]
     found = torch.searchsorted(keys, wanted, out_int32=True).clamp_(max=missing - 1)
-    exists = keys.index_select(0, found) == wanted
-    here = torch.arange(missing + 1, dtype=torch.int32, device=keys.device)
+    exists = keys[found] == wanted
+    here = torch.arange(missing + 1, dtype=torch.int32, device=keys.device).expand(len(steps), -1)
     after = F.pad(torch.where(exists, found, missing), (0, 1), value=missing)
-    before = torch.full_like(here, missing).scatter_(0, after.long(), here)
-    before[missing] = missing  # every missing neighbour was scattered to this row
-    return torch.stack([before, here, after], dim=1)
+    before = torch.full_like(after, missing).scatter_(1, after.long(), here)
+    before[:, missing] = missing  # every missing neighbour was scattered to this place
+    return torch.stack([before, here, after], dim=2)

@@ -38,7 +38,6 @@ from deconvnet.hardware import (
     choose_precision,
     default_device,
     join_processes,
-    keep_memory,
 )
 from deconvnet.instances import StreamSampler
 from deconvnet.supervision import coarse_labels
@@ -248,9 +247,8 @@ class _Run:
         )
         self.train_mode()
         saving = recomputed(self.model) if stage.recompute else nullcontext()
-        faster, keeping = matrix_products(self.model), keep_memory(self.device)
-        interrupt = deferred_interrupt()
-        with bar, saving, faster, keeping, self.batches() as batches, interrupt as interrupted:
+        faster, interrupt = matrix_products(self.model), deferred_interrupt()
+        with bar, saving, faster, self.batches() as batches, interrupt as interrupted:
             clock = time.perf_counter()
             while self.progress() < 1:
                 self.set_seed()

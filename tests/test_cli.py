@@ -230,6 +230,26 @@ def test_classifier_and_two_stages(
 
 
 @pytest.mark.usefixtures("small_training")
+@pytest.mark.parametrize(
+    ("alone", "more", "keeps"), [(True, [], 1), (True, ["--recompute"], 0), (False, [], 0)]
+)
+def test_memory_is_kept_by_a_process_that_only_trains(
+    alone: bool,
+    more: list[str],
+    keeps: int,
+    shapes_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = []
+    monkeypatch.setattr(cli, "keep_memory", lambda: kept.append(1))
+    command = train(shapes_root, tmp_path, "--stage", "classify", "--iterations", 1, *more)
+    monkeypatch.setattr(sys, "argv", ["deconvnet", *command])
+    assert main(None if alone else command) == 0
+    assert len(kept) == keeps
+
+
+@pytest.mark.usefixtures("small_training")
 def test_stage_2_takes_the_boxes_that_proposals_found(
     shapes_root: Path,
     tmp_path: Path,

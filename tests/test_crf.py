@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from deconvnet.crf import (
     NORMALIZATIONS,
     CRFConfig,
-    ExactFilter,
-    GridGaussian,
     PairwiseKernel,
     bilateral_features,
     dense_crf,
@@ -25,6 +23,7 @@ from deconvnet.crf import (
     position_features,
     unary_from_probabilities,
 )
+from deconvnet.gaussian import ExactFilter, GridGaussian, SparseMatrix
 
 # Wide enough for the pixels of a random image to hear each other.
 WIDE = CRFConfig(bilateral_sigma=3.0, bilateral_sigma_rgb=60.0, gaussian_sigma=1.0, iterations=4)
@@ -230,6 +229,37 @@ def test_a_colour_edge_stops_the_bilateral_kernel():
 
 
 # --- filters -----------------------------------------------------------------------------------
+
+
+def test_sparse_matrix_equals_a_dense_one():
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randint(0, 7, (5, 3), generator=generator, dtype=torch.int32)
+    weights = torch.rand(5, 3, generator=generator, dtype=torch.float64)
+    matrix = SparseMatrix.from_rows(columns, weights)
+    assert matrix.rows == 5
+    dense = torch.zeros(5, 7, dtype=torch.float64).scatter_add_(1, columns.long(), weights)
+    assert not torch.equal(dense.count_nonzero(dim=1), torch.full((5,), 3))  # an entry met twice
+    values = torch.rand(7, 4, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(matrix(values), dense @ values)
+    by_row, by_column = values[:5, 0], values[:, 1]
+    torch.testing.assert_close(matrix.times_rows(by_row)(values), by_row.diag() @ dense @ values)
+    scaled = matrix.times_columns(by_column)(values)
+    torch.testing.assert_close(scaled, dense @ by_column.diag() @ values)
+    torch.testing.assert_close(matrix(values), dense @ values)  # itself unchanged
+    rows = torch.rand(2, 7, 4, generator=generator, dtype=torch.float64)
+    repeated = matrix.for_every_row(2, length=7)(rows.view(14, 4))
+    torch.testing.assert_close(repeated.view(2, 5, 4), dense @ rows)
+    narrow = matrix.to(torch.device("cpu"), torch.float32)(values.float())
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), dense @ values, rtol=1e-5, atol=1e-5)
+
+
+def test_sparse_matrix_with_rows_of_any_length():
+    columns, starts = torch.tensor([2, 0, 1], dtype=torch.int32), [0, 2, 2, 3]
+    starts = torch.tensor(starts, dtype=torch.int32)
+    matrix = SparseMatrix(columns, torch.tensor([1.0, 2.0, 3.0]), starts)
+    dense = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+    assert torch.equal(matrix(torch.eye(3)), dense)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -607,6 +637,14 @@ def test_labels_that_nobody_believes_in_can_be_left_out(normalization, method):
     assert (complete.argmax(0) == shorter.argmax(0)).float().mean() > 0.999
 
 
+def test_probabilities_with_pruned_labels_sum_to_one_where_the_given_ones_hardly_do():
+    image, probabilities, _ = picture(12, 12)
+    probabilities = with_unlikely_labels(probabilities, 1e-3) * (1 + 8e-4)
+    refined = dense_crf(image, probabilities, CRFConfig(prune_below=0.01))
+    assert torch.equal(refined[2:], probabilities[2:])
+    torch.testing.assert_close(refined.sum(dim=0), torch.ones(12, 12), rtol=0, atol=1e-6)
+
+
 def test_loud_kernels_and_negative_weights_keep_their_labels():
     image, probabilities, _ = picture(20, 20)
     probabilities = with_unlikely_labels(probabilities, 0.02)
@@ -653,7 +691,7 @@ def test_scales_in_the_filters_weights_change_nothing(normalization, only):
 @pytest.mark.parametrize("labels", [2, 15, 16, 21])
 def test_beliefs_of_any_number_of_labels_are_the_softmax(labels):
     unary = 30 * torch.rand(labels, 6, 7, generator=torch.Generator().manual_seed(0))
-    for scale in (1, 100):  # exponentials of the second leave float32
+    for scale in (1, -1, 100, -100):  # exponentials of the last two leave float32
         expected = (-scale * unary).softmax(dim=0)
         torch.testing.assert_close(mean_field(scale * unary, [], 1), expected)
         learnt = (scale * unary).requires_grad_()

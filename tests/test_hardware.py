@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from deconvnet import hardware
-from deconvnet.hardware import keep_memory
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -43,64 +40,65 @@ def test_a_group_that_another_has_made_is_joined(tmp_path: Path) -> None:
     assert said == ["(0, 2) ['0', '1']", "(1, 2) ['0', '1']"]
 
 
-def new_pages(rounds: int = 1) -> int:
-    """How many pages the system must clear for five large tensors, one after another."""
-    resource = pytest.importorskip("resource")
-    for _ in range(rounds):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(5):
-            torch.empty(40 * 2**20, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+class LibraryOfC:
+    """Notes what it is told."""
+
+    def __init__(self, **functions) -> None:
+        self.told: list[tuple[int, int]] = []
+        vars(self).update(functions)
+
+    def mallopt(self, name: int, value: int) -> int:
+        self.told.append((name, value))
+        return 1
 
 
-needs_glibc = pytest.mark.skipif(hardware._glibc() is None, reason="needs glibc, as it comes")
+@pytest.fixture
+def usual_memory(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Linux, and no setting of the user's."""
+    for name in list(os.environ):
+        if name.startswith(("MALLOC_", "GLIBC_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "platform", "linux")
+    return monkeypatch
 
 
-@needs_glibc
-def test_memory_is_kept_until_the_last_context_ends() -> None:
-    usual = new_pages()
-    assert usual > 90  # of 2 MiB at the most
-    with keep_memory(CPU):
-        new_pages(rounds=5)  # until there are pieces enough of this size
-        with keep_memory(CPU):
-            assert new_pages() < usual / 10
-        assert new_pages() < usual / 10
-        started, go_on = threading.Event(), threading.Event()
-
-        def beside() -> None:
-            with keep_memory(CPU):
-                started.set()
-                go_on.wait(60)
-
-        other = threading.Thread(target=beside)
-        other.start()
-        assert started.wait(60)
-    assert hardware._keepers == 1
-    go_on.set()
-    other.join()
-    assert hardware._keepers == 0
+def test_glibc_is_told_to_keep_memory(usual_memory: pytest.MonkeyPatch) -> None:
+    library = LibraryOfC(gnu_get_libc_version=None)
+    usual_memory.setattr(hardware.ctypes, "CDLL", lambda name: library)
+    assert hardware.keep_memory()
+    assert library.told == [(-4, 0), (-1, -1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
-@needs_glibc
-def test_what_was_kept_goes_back_to_the_system_if_it_is_much() -> None:
-    spare, before = hardware.SPARE_BYTES, hardware._held_bytes()
-    with keep_memory(CPU):
-        torch.empty(2 * spare, dtype=torch.uint8).fill_(1)
-        assert hardware._held_bytes() > before + spare
-    assert hardware._held_bytes() < before + spare
+@pytest.mark.parametrize("why", ["another library", "another system", "GLIBC_TUNABLES", "MALLOC_X"])
+def test_settings_of_others_are_left_alone(usual_memory: pytest.MonkeyPatch, why: str) -> None:
+    library = LibraryOfC() if why == "another library" else LibraryOfC(gnu_get_libc_version=None)
+    usual_memory.setattr(hardware.ctypes, "CDLL", lambda name: library)
+    if why == "another system":
+        usual_memory.setattr(sys, "platform", "darwin")
+    elif why.isupper():
+        usual_memory.setenv(why, "1")
+    assert not hardware.keep_memory()
+    assert library.told == []
 
 
-def test_an_error_ends_the_context() -> None:
-    with pytest.raises(KeyError), keep_memory(CPU):
-        raise KeyError
-    assert hardware._keepers == 0
-
-
-def test_memory_of_gpus_and_settings_of_the_users_are_left_alone(monkeypatch) -> None:
-    with keep_memory(torch.device("cuda")):
-        assert hardware._keepers == 0
-    hardware._glibc.cache_clear()
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    with keep_memory(CPU):
-        assert hardware._keepers == 0
-    hardware._glibc.cache_clear()
+def test_kept_memory_needs_no_new_pages() -> None:
+    pytest.importorskip("resource")
+    if "glibc" not in platform.libc_ver():
+        pytest.skip("needs glibc")
+    code = (
+        "import resource, torch\n"
+        "from deconvnet.hardware import keep_memory\n"
+        "def new_pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(5):\n"
+        "        torch.empty(40 * 2**20, dtype=torch.uint8).fill_(1)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(new_pages(), keep_memory(), new_pages(), new_pages(), new_pages())\n"
+    )
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert said[1] == "True"
+    assert int(said[0]) > 90  # of 2 MiB at the most
+    assert int(said[-1]) < int(said[0]) / 10

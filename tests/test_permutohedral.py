@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -152,17 +153,56 @@ def test_neighbours_lie_one_step_away(dimensions, far, compiled, keys, monkeypat
         points[:, 0] += far * (points[:, 0] > 0)
     lattice = PermutohedralLattice(points)
     assert lattice._keys.dtype == keys
-    missing = lattice.num_vertices
+    assert_neighbours(lattice)
+
+
+def assert_neighbours(lattice: PermutohedralLattice) -> None:
+    missing, side = lattice.vertices.shape
     vertices = [tuple(v) for v in lattice.vertices.tolist()]
     index = {vertex: i for i, vertex in enumerate(vertices)}
-    assert len(index) == missing
-    for direction, neighbours in zip(directions(dimensions), lattice.neighbours):
+    assert len(index) == missing == lattice.num_vertices
+    for direction, neighbours in zip(directions(side - 1), lattice.neighbours, strict=True):
         expected = [
             [index.get(tuple(np.subtract(v, direction)), missing), i,
              index.get(tuple(np.add(v, direction)), missing)]
             for i, v in enumerate(vertices)
         ]  # fmt: skip
         assert neighbours.tolist() == [*expected, [missing] * 3]
+
+
+@settings(max_examples=200)
+@given(
+    count=st.integers(1, 5),
+    dimensions=st.sampled_from([1, 2, 3, 5]),
+    scale=st.floats(0.05, 20),
+    away=st.sampled_from([0, -1e3, 1e7]),
+    seed=st.integers(0, 2**31),
+)
+def test_no_key_is_taken_for_another(count, dimensions, scale, away, seed):
+    """Few points fill the range of their keys: what steps over its border would be met there."""
+    lattice = PermutohedralLattice(random_points(count, dimensions, scale, seed) + away)
+    assert_neighbours(lattice)
+
+
+@pytest.mark.parametrize(("cells", "keys"), [(2e9, torch.int32), (2.3e9, torch.int64)])
+def test_keys_are_as_wide_as_they_need_to_be(cells, keys):
+    """A number for each cell between two points on a line, of which 2 ** 31 fit 32 bits."""
+    cell = math.sqrt(3) / 2
+    lattice = PermutohedralLattice(torch.tensor([[0.3], [cells * cell]], dtype=torch.float64))
+    assert lattice._keys.dtype == keys
+    assert_neighbours(lattice)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_many_neighbours_are_found_by_the_compiled_walk(enough, monkeypatch):
+    kernels = pytest.importorskip("deconvnet.kernels", reason="needs Numba")
+    lattice = PermutohedralLattice(random_points(30, 2, 1.0))
+    walks = []
+    walk = kernels.one_step_away
+    monkeypatch.setattr(kernels, "one_step_away", lambda *a: walks.append(1) or walk(*a))
+    monkeypatch.setattr(permutohedral, "COMPILED_FROM", lattice.num_vertices + 1 - enough)
+    PermutohedralLattice(random_points(30, 2, 1.0))
+    assert len(walks) == 3 * enough
 
 
 def test_vertices_map_back_among_the_features():
@@ -366,7 +406,7 @@ def test_a_grids_points_lie_in_the_originals_simplices(sigma):
     assert weights.min() > -1e-5
     torch.testing.assert_close(weights.sum(dim=0), torch.ones(2000), atol=1e-5, rtol=0)
     assert (order.sort(dim=0).values == torch.arange(3)[:, None]).all()  # each pays once
-    corner = multiples * 3 - multiples.sum(dim=0)
+    corner = (multiples * 3 - multiples.sum(dim=0)).long()
     point = torch.zeros_like(weights)
     for pays, share in zip(order, weights):
         point += share * corner
