@@ -41,7 +41,7 @@ class ExactFilter:
     """
 
     def __init__(self, features: Tensor) -> None:
-        self.features = features
+        self.features = features.contiguous()
         # A large kernel matrix would not fit into memory, so its rows are computed anew each time.
         self._kept_rows = list(self._rows()) if len(features) <= MAX_EXACT_PIXELS else None
 
@@ -54,7 +54,10 @@ class ExactFilter:
             # Distances by way of a matrix product would lose digits to cancellation.
             precise = "donot_use_mm_for_euclid_dist"
             distance = torch.cdist(block, self.features, compute_mode=precise)
-            yield distance.square_().mul_(-0.5).exp_()
+            exponent = distance.square_().mul_(-0.5)
+            # Below 1e-30 a weight counts for nothing, and many processors take a hundred times as
+            # long for numbers near the end of float32's range.
+            yield F.threshold_(exponent, math.log(1e-30), -math.inf).exp_()
 
 
 class GridGaussian:

@@ -689,6 +689,26 @@ def test_scales_in_the_filters_weights_change_nothing(normalization, only):
 
 
 @pytest.mark.parametrize("labels", [2, 15, 16, 21])
+def test_beliefs_near_the_end_of_float32s_range_are_none(labels):
+    """A message that adds up such numbers takes many processors a hundred times as long."""
+    unary = torch.linspace(0, 102, labels)[:, None, None].expand(-1, 9, 9)
+    smallest = torch.finfo(torch.float32).tiny
+    assert 0 < (-unary).softmax(dim=0).amin() < smallest
+    beliefs = mean_field(unary, [], 1)
+    assert ((beliefs == 0) | (beliefs > smallest)).all()
+    torch.testing.assert_close(beliefs, (-unary).softmax(dim=0))
+
+
+def test_exact_sums_leave_out_what_is_near_the_end_of_float32s_range():
+    features = torch.tensor([[0.0], [1.0], [11.7], [13.3], [20.0]])  # exp(-88.4) is 13.3's weight
+    (rows,) = ExactFilter(features)._kept_rows
+    smallest = torch.finfo(torch.float32).tiny
+    assert ((rows == 0) | (rows > smallest)).all()
+    exact = (-0.5 * (features.double() - features.double().T).square()).exp()
+    torch.testing.assert_close(rows.double(), exact, rtol=1e-4, atol=1e-29)
+
+
+@pytest.mark.parametrize("labels", [2, 15, 16, 21])
 def test_beliefs_of_any_number_of_labels_are_the_softmax(labels):
     unary = 30 * torch.rand(labels, 6, 7, generator=torch.Generator().manual_seed(0))
     for scale in (1, -1, 100, -100):  # exponentials of the last two leave float32
