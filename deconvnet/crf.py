@@ -422,6 +422,9 @@ def dense_crf(
 ) -> Tensor:
     """Refine a network's probabilities with the dense CRF.
 
+    Where a map of all labels takes more than 32 MiB, a program on a CPU may gain by
+    :func:`deconvnet.hardware.keep_memory`.
+
     Args:
         image: uint8 ``[3, H, W]`` RGB.
         probabilities: float32 or float64 ``[C, H, W]``, summing to 1 over ``C``.
@@ -431,9 +434,6 @@ def dense_crf(
 
     Returns:
         Probabilities ``[C, H, W]``, on the device and in the dtype of those given.
-
-    A program that refines many images of a megapixel on a CPU gains by
-    :func:`deconvnet.hardware.keep_memory`.
 
     Raises:
         TypeError: if image or probabilities have the wrong dtype.
