@@ -346,7 +346,7 @@ def _train(options: argparse.Namespace, first: bool) -> None:
     progress = not options.quiet
     device = options.device or default_device()
     if options.owns_process and device.type == "cpu" and not options.recompute:
-        keep_memory()  # faster, for up to a third more of it
+        keep_memory()  # faster, for up to a quarter more of it
     recipes.train_stage(
         recipe,
         options.stage,

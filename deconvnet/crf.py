@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.gaussian import MAX_EXACT_PIXELS, ExactFilter, Filter, GridGaussian
+from deconvnet.gaussian import MAX_EXACT_PIXELS, NEGLIGIBLE, ExactFilter, Filter, GridGaussian
 from deconvnet.permutohedral import PermutohedralLattice, lattice_filter
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 METHODS = ("auto", "exact", "lattice", "original")
-NOTHING = 1e-30  # a belief below it makes no difference
 SHORT_ROW = 16  # PyTorch on a CPU is slow at row by row operations on fewer labels
 
 
@@ -337,10 +336,9 @@ def _softmax(logits: Tensor) -> Tensor:
     if logits.requires_grad or logits.device.type != "cpu":
         return logits.softmax(dim=1)
     beliefs = _softmax_of_rows(logits)
-    # Many processors take a hundred times as long for numbers near the end of float32's range.
-    # Where kernels are loud there are many, and a few pixels tell.
-    if beliefs[::64].amin() < NOTHING:
-        F.threshold_(beliefs, NOTHING, 0.0)
+    # Where kernels are loud most beliefs are, and a few pixels tell.
+    if beliefs[::64].amin() < NEGLIGIBLE:
+        F.threshold_(beliefs, NEGLIGIBLE, 0.0)
     return beliefs
 
 

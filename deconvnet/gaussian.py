@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Filter = Callable[[Tensor], Tensor]  # values [N, C] to sums over all points [N, C]
+# Smaller factors make no difference to a sum, but many processors take a hundred times as long for
+# numbers near the end of float32's range.
+NEGLIGIBLE = 1e-30
 MAX_EXACT_PIXELS = 64 * 64  # up to here exact inference takes about half a second on a CPU
 
 
@@ -55,9 +58,7 @@ class ExactFilter:
             precise = "donot_use_mm_for_euclid_dist"
             distance = torch.cdist(block, self.features, compute_mode=precise)
             exponent = distance.square_().mul_(-0.5)
-            # Below 1e-30 a weight counts for nothing, and many processors take a hundred times as
-            # long for numbers near the end of float32's range.
-            yield F.threshold_(exponent, math.log(1e-30), -math.inf).exp_()
+            yield F.threshold_(exponent, math.log(NEGLIGIBLE), -math.inf).exp_()
 
 
 class GridGaussian:

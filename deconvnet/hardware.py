@@ -108,7 +108,7 @@ def keep_memory() -> bool:
 
     This holds for the whole process and to its end, so it is a decision for a program, not for a
     library: ``deconvnet train`` takes it on a CPU. It suits work that repeats itself, whose freed
-    pieces fit again; such a process holds up to a third more than it needs at its peak. Where
+    pieces fit again; such a process holds up to a quarter more than it needs at its peak. Where
     sizes change all the time, or a small tensor stays after every large one, pieces seldom fit,
     and the process grows far beyond what it needs.
 
