@@ -45,7 +45,7 @@ def _check_image(image: Tensor) -> None:
 
 
 def _check_maps(name: str, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Refuses what are no maps; the least and the greatest value."""
+    """Refuses what is not maps ``[C, H, W]``; returns the least and the greatest value."""
     if maps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {maps.dtype}")
     if maps.ndim != 3 or maps.numel() == 0:
@@ -319,38 +319,38 @@ def mean_field(
     _check_maps("unary", unary)
     labels, height, width = unary.shape
     logits = -unary.flatten(1).T.contiguous()  # pixels first: a filter reads a pixel at a time
-    beliefs = _softmax(logits)
-    for iteration in range(iterations + 1):
-        if iteration > 0:
-            evidence = logits
-            for kernel in kernels:
-                evidence = kernel.message(beliefs).add_(evidence)
-            beliefs = _softmax(evidence)
-        if on_iteration is not None:
-            on_iteration(iteration, beliefs.T.reshape(labels, height, width))
+    with torch.autocast(unary.device.type, enabled=False):  # iterations add up their rounding
+        beliefs = _softmax(logits)
+        for iteration in range(iterations + 1):
+            if iteration > 0:
+                _drop_negligible(beliefs)
+                evidence = logits
+                for kernel in kernels:
+                    evidence = kernel.message(beliefs).add_(evidence)
+                beliefs = _softmax(evidence)
+            if on_iteration is not None:
+                on_iteration(iteration, beliefs.T.reshape(labels, height, width))
     # PyTorch's cross entropy has no gradient for transposed maps.
     return beliefs.T.contiguous().view(labels, height, width)
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    if logits.requires_grad or logits.device.type != "cpu":
-        return logits.softmax(dim=1)
-    beliefs = _softmax_of_rows(logits)
-    # Where kernels are loud most beliefs are, and a few pixels tell.
-    if beliefs[::64].amin() < NEGLIGIBLE:
-        F.threshold_(beliefs, NEGLIGIBLE, 0.0)
-    return beliefs
-
-
-def _softmax_of_rows(logits: Tensor) -> Tensor:
-    labels = logits.shape[1]
-    if labels < SHORT_ROW:
-        beliefs = logits.exp()
-        total = beliefs @ beliefs.new_ones(labels, 1)
+    short = logits.shape[1] < SHORT_ROW and logits.device.type == "cpu"
+    if short and not logits.requires_grad:
+        beliefs = logits.clamp(min=-80).exp_()  # stays clear of the end of float32's range
+        total = beliefs @ beliefs.new_ones(logits.shape[1], 1)
         low, high = total.aminmax()
-        if low > 1e-25 and high < math.inf:  # no exponential that counts left float32's range
+        if low > 1e-4 and high < math.inf:  # what was clamped is negligible
             return beliefs.div_(total)
     return logits.softmax(dim=1)
+
+
+def _drop_negligible(beliefs: Tensor) -> None:
+    """Sets to 0 what would make messages slow; a sample of the pixels tells if there is any."""
+    if beliefs.dtype != torch.float32 or beliefs.requires_grad or beliefs.device.type != "cpu":
+        return
+    if beliefs[::64].amin() < NEGLIGIBLE:
+        F.threshold_(beliefs, NEGLIGIBLE, 0.0)
 
 
 def negligible_labels(
@@ -460,6 +460,7 @@ def dense_crf(
             return mean_field(unary, kernels, config.iterations, on_iteration)
         pruned = negligible_labels(probabilities, kernels, config.prune_below)
         kept = (~pruned).nonzero().flatten()
+        # A difference, since to gather the many labels that are left out takes longer.
         left_out = probabilities.sum(dim=0) - probabilities[kept].sum(dim=0)
 
         def among_all(beliefs: Tensor) -> Tensor:

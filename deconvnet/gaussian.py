@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Filter = Callable[[Tensor], Tensor]  # values [N, C] to sums over all points [N, C]
-# Smaller factors make no difference to a sum, but many processors take a hundred times as long for
-# numbers near the end of float32's range.
+# Weights and beliefs below this make no difference to a sum, but many processors take a hundred
+# times as long for numbers near the end of float32's range.
 NEGLIGIBLE = 1e-30
 MAX_EXACT_PIXELS = 64 * 64  # up to here exact inference takes about half a second on a CPU
 
@@ -162,7 +162,7 @@ class GridGaussian:
         return (-0.5 * (offsets / self.sigma) ** 2).exp()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparseMatrix:
     """A sparse matrix of ``R`` rows and ``E`` entries, row after row.
 

@@ -106,11 +106,11 @@ def keep_memory() -> bool:
     each of them, 4 KiB at a time, when it is first touched. That can take as long as the
     arithmetic. (On a GPU, PyTorch keeps a store of its own.)
 
-    This holds for the whole process and to its end, so it is a decision for a program, not for a
-    library: ``deconvnet train`` takes it on a CPU. It suits work that repeats itself, whose freed
-    pieces fit again; such a process holds up to a quarter more than it needs at its peak. Where
-    sizes change all the time, or a small tensor stays after every large one, pieces seldom fit,
-    and the process grows far beyond what it needs.
+    This holds for the whole process and to its end, and for those that it forks, so it is a
+    decision for a program, not for a library: ``deconvnet train`` takes it on a CPU. It suits work
+    that repeats itself, whose freed pieces fit again; such a process holds up to a quarter more
+    than it needs at its peak. Where sizes change all the time, or a small tensor stays after every
+    large one, pieces seldom fit, and the process grows far beyond what it needs.
 
     Returns:
         Whether it does. Not if the C library is another one, nor if the environment

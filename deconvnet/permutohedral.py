@@ -137,7 +137,8 @@ class PermutohedralLattice:
     ``exp(0) = 1`` in its own sum (up to vertices that are missing).
 
     Args:
-        features: float ``[N, d]``, each feature divided by its standard deviation.
+        features: float ``[N, d]``, each feature divided by its standard deviation. (In float32,
+            from some millions on, they have no digits left to place them.)
         original: Whether to give the very sums of Krähenbühl and Koltun's code: with its scale,
             ``1 / (1 + 2^-d)`` for every point, and its rounding.
 
@@ -178,15 +179,15 @@ class PermutohedralLattice:
         # the shape of `embedding`, depends on two features only, which keeps their range small.
         differences = multiples.diff(dim=0)
         least = differences.amin(dim=1).double()
-        # Room on either side: 1 for the corners, 1 for their neighbours.
+        # One for the end, and room on either side: 1 for the corners, 1 for their neighbours.
         spans = (differences.amax(dim=1) - least + 5).tolist()
         cells = math.prod(spans)
-        if not cells < 2**62:  # too many, or NaN
+        if not cells < 2**63 - 2**20:  # too many, give or take rounding, or NaN
             if not features.isfinite().all():
                 raise ValueError("features must be finite, got NaN or infinity")
             raise ValueError(
-                f"features spread over {cells:.1e} lattice cells, more than 64-bit keys can tell "
-                "apart; use larger standard deviations"
+                "features spread over more lattice cells than 64-bit keys can tell apart; use "
+                "larger standard deviations"
             )
         spans = [int(span) for span in spans]
         integers = torch.int32 if cells < 2**31 else torch.int64  # half the bytes to sort

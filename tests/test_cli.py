@@ -231,22 +231,38 @@ def test_classifier_and_two_stages(
 
 @pytest.mark.usefixtures("small_training")
 @pytest.mark.parametrize(
-    ("alone", "more", "keeps"), [(True, [], 1), (True, ["--recompute"], 0), (False, [], 0)]
+    ("alone", "more", "device", "keeps"),
+    [
+        (True, [], "cpu", True),
+        (True, ["--recompute"], "cpu", False),
+        (True, [], "cuda", False),
+        (False, [], "cpu", False),
+    ],
 )
 def test_memory_is_kept_by_a_process_that_only_trains(
     alone: bool,
     more: list[str],
-    keeps: int,
+    device: str,
+    keeps: bool,
     shapes_root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    class Training(Exception):
+        pass
+
+    def train_stage(*_: object, **__: object) -> None:
+        raise Training
+
     kept = []
-    monkeypatch.setattr(cli, "keep_memory", lambda: kept.append(1))
-    command = train(shapes_root, tmp_path, "--stage", "classify", "--iterations", 1, *more)
-    monkeypatch.setattr(sys, "argv", ["deconvnet", *command])
-    assert main(None if alone else command) == 0
-    assert len(kept) == keeps
+    monkeypatch.setattr(cli, "keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr(cli, "default_device", lambda: torch.device(device))
+    monkeypatch.setattr(recipes, "train_stage", train_stage)
+    command = ["train", "--data", str(shapes_root), "--out", str(tmp_path), "--stage", "classify"]
+    monkeypatch.setattr(sys, "argv", ["deconvnet", *command, *more])
+    with pytest.raises(Training):
+        main(None if alone else [*command, *more])
+    assert any(kept) == keeps
 
 
 @pytest.mark.usefixtures("small_training")

@@ -193,6 +193,16 @@ def test_keys_are_as_wide_as_they_need_to_be(cells, keys):
     assert_neighbours(lattice)
 
 
+@pytest.mark.parametrize(("cells", "fits"), [(9e18, True), (1e19, False)])
+def test_more_cells_than_keys_are_refused(cells, fits):
+    features = torch.tensor([[0.3], [cells * math.sqrt(3) / 2]], dtype=torch.float64)
+    if fits:
+        assert PermutohedralLattice(features)._keys.dtype == torch.int64
+    else:
+        with pytest.raises(ValueError, match="64-bit keys"):
+            PermutohedralLattice(features)
+
+
 @pytest.mark.parametrize("enough", [True, False])
 def test_many_neighbours_are_found_by_the_compiled_walk(enough, monkeypatch):
     kernels = pytest.importorskip("deconvnet.kernels", reason="needs Numba")
