@@ -323,7 +323,7 @@ def mean_field(
         beliefs = _softmax(logits)
         for iteration in range(iterations + 1):
             if iteration > 0:
-                _drop_negligible(beliefs)
+                _drop_negligible(beliefs)  # what is too small to matter, but makes messages slow
                 evidence = logits
                 for kernel in kernels:
                     evidence = kernel.message(beliefs).add_(evidence)
