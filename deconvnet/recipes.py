@@ -140,7 +140,24 @@ def voc2012() -> Recipe:
     )
 
 
-RECIPES = {"tiny": tiny, "compact": compact, "voc2012": voc2012}
+def short() -> Recipe:
+    """The paper's network and crops with the solver of :func:`compact`: an hour, without a GPU.
+
+    It starts from the encoder of ``voc-fcn``, which stays as it is; fc6, fc7 and the decoder start
+    from nothing. Its FCN-8s is that of :func:`compact`.
+    """
+    small = compact()
+    solver = replace(small.stage1, batch_size=16, micro_batch=16)
+    return replace(
+        small,
+        model=ModelConfig(),
+        instances=InstanceConfig.paper(),
+        stage1=solver,
+        stage2=solver,
+    )
+
+
+RECIPES = {"tiny": tiny, "compact": compact, "short": short, "voc2012": voc2012}
 
 
 def make_network(
