@@ -1,10 +1,13 @@
 """How long the network takes: a plain port, the book's network, and the network made ready for use.
 
     python benchmarks/network.py --json
+    python benchmarks/network.py --weights runs/full-stage2/weights.safetensors \
+        --data data/VOCdevkit/VOC2012
 
 All have the same weights and see the same crops, each as many at once as suits it best. They take
 turns in one process, so that a machine which does other things slows all of them down; the best of
-the rounds counts.
+the rounds counts. How many labels stay as they were is asked of networks that have learned: of the
+tiny one, and of the full one where its weights and photographs for it are given.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import math
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter as now
@@ -24,6 +28,7 @@ from time import perf_counter as now
 import torch
 from torch import Tensor, nn
 
+from deconvnet import recipes
 from deconvnet.deployment import (
     ConvolutionOfAll,
     DeconvolutionToAll,
@@ -31,6 +36,7 @@ from deconvnet.deployment import (
     prepare_for_inference,
 )
 from deconvnet.evaluation import provenance, record
+from deconvnet.folders import open_dataset
 from deconvnet.hardware import autocast, choose_precision, compiled_kernels, default_device
 from deconvnet.model import DeconvNet, ModelConfig
 from deconvnet.shapes import make_scene
@@ -67,15 +73,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[10, 50], help="crops at once")
     parser.add_argument("--rounds", type=int, default=2, help="of which the best counts")
     parser.add_argument("--recipe", choices=("full", "tiny"), default="full", help="which network")
+    parser.add_argument("--weights", type=Path, help="that it has learned; else random ones")
+    parser.add_argument("--data", type=Path, help="validation images for --weights to label")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", help="also write it to this file")
     options = parser.parse_args()
+    if (options.weights is None) != (options.data is None):
+        parser.error("--weights and --data belong together")
 
     device = default_device()
     best_dtype = choose_precision("auto", device)
     config = ModelConfig() if options.recipe == "full" else ModelConfig.tiny()
-    model = untrained_but_lively(DeconvNet(config)).to(device).eval()
     crops = natural_crops(options.crops, config.input_size).to(device)
+    if options.weights is None:
+        model, judged = untrained_but_lively(DeconvNet(config)), crops[:10]
+    else:
+        model, judged = load_model(options.weights), photographed_crops(options.data, config)
+    model = model.to(device).eval()
 
     # the book's network shares its weights with the plain port, but has them channels-last
     book = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -114,9 +128,12 @@ def main() -> None:
     trained = load_model(pretrained("shapes-deconvnet"), device).eval()
     accuracy = {
         "trained, tiny": accuracy_of(trained, natural_crops(2000, 64).to(device), best_dtype),
-        f"random, {options.recipe}": accuracy_of(model, crops[:10], best_dtype),
+        f"{'trained' if options.weights else 'random'}, {options.recipe}": accuracy_of(
+            model, judged.to(device), best_dtype
+        ),
     }
     baseline = seconds["plain port"]
+    learned = accuracy[f"trained, {options.recipe if options.weights else 'tiny'}"]
     result = {
         "network": options.recipe,
         "crops": options.crops,
@@ -126,9 +143,7 @@ def main() -> None:
         "ratio_fp32": round(baseline / seconds[exact], 2),
         "ratio_best": round(baseline / seconds[fastest], 2),
         "best": fastest,
-        "label_agreement": {
-            way: found["label_agreement"] for way, found in accuracy["trained, tiny"].items()
-        },
+        "label_agreement": {way: found["label_agreement"] for way, found in learned.items()},
         "accuracy": accuracy,
         "seconds_a_crop_by_part": layers,
         "gflop_a_crop": round(operations(config), 2),
@@ -165,40 +180,57 @@ def accuracy_of(model: DeconvNet, crops: Tensor, best_dtype: torch.dtype) -> dic
     Rounding moves a switch where two values of a window are nearly equal, and then a value lands
     one pixel away. ``same_switches`` says what is left when both use the plain network's.
     """
-    expected = model(crops)
-    _, switches = model.encoder(model.normalise(crops))
     short = str(best_dtype).removeprefix("torch.")
     ways = {"float32": prepare_for_inference(model)}
     if best_dtype != torch.float32:
         ways[short] = prepare_for_inference(model, best_dtype)
         name, encoder_dtype = other_encoder(crops.device, best_dtype)
         ways[f"{short}, {name}"] = prepare_for_inference(model, best_dtype, encoder_dtype)
-    found = {}
-    for way, fast in ways.items():
-        pooled, places = fast.encoder(fast.normalise(crops))
-        drawn = fast.fc6_deconv(fast.fc7(fast.fc6(pooled[-1])))
-        same, moved = (fast.score(fast.decoder(drawn, s)).float() for s in (switches, places))
-        apart = sum(int((a != b).sum()) for a, b in zip(switches, places))
-        found[way] = {
-            "label_agreement": agreement(moved, expected),
-            "relative_error": relative_error(moved, expected),
-            "same_switches": {
-                "label_agreement": agreement(same, expected),
-                "relative_error": relative_error(same, expected),
-            },
-            "switches_moved": apart / sum(s.numel() for s in switches),
+    tallies = {way: (Difference(), Difference()) for way in ways}
+    apart, values = Counter(), 0
+    for part in crops.split(25):
+        expected = model(part)
+        _, switches = model.encoder(model.normalise(part))
+        values += sum(s.numel() for s in switches)
+        for way, fast in ways.items():
+            pooled, places = fast.encoder(fast.normalise(part))
+            drawn = fast.fc6_deconv(fast.fc7(fast.fc6(pooled[-1])))
+            for tally, used in zip(tallies[way], (places, switches)):
+                tally.add(fast.score(fast.decoder(drawn, used)).float(), expected)
+            apart[way] += sum(int((a != b).sum()) for a, b in zip(switches, places))
+    return {
+        way: {
+            **moved.figures(),
+            "same_switches": same.figures(),
+            "switches_moved": apart[way] / values,
         }
-    return found
+        for way, (moved, same) in tallies.items()
+    }
 
 
-def agreement(scores: Tensor, expected: Tensor) -> float:
-    """Share of pixels with the same label."""
-    return float((scores.argmax(1) == expected.argmax(1)).double().mean())
+class Difference:
+    """How far scores are from the expected ones, batch after batch."""
 
+    def __init__(self) -> None:
+        self.sums = torch.zeros(6, dtype=torch.float64)
 
-def relative_error(scores: Tensor, expected: Tensor) -> float:
-    """Root of the mean square error, by the scores' standard deviation."""
-    return float((scores - expected).square().mean().sqrt() / expected.std())
+    def add(self, scores: Tensor, expected: Tensor) -> None:
+        """Counts in scores ``[N, C, H, W]`` of the same crops."""
+        same = scores.argmax(1) == expected.argmax(1)
+        squares = (scores - expected).double().square()
+        wanted = expected.double()
+        found = (same.sum(), squares.sum(), wanted.sum(), wanted.square().sum())
+        counts = (same.numel(), expected.numel())
+        self.sums += torch.tensor([*map(float, found), *counts], dtype=torch.float64)
+
+    def figures(self) -> dict[str, float]:
+        """Share of pixels with the same label, and the error by the scores' own spread."""
+        same, squares, total, total_squares, pixels, values = self.sums.tolist()
+        spread = math.sqrt(total_squares / values - (total / values) ** 2)
+        return {
+            "label_agreement": same / pixels,
+            "relative_error": math.sqrt(squares / values) / spread,
+        }
 
 
 def parts_of(network: nn.Module, crops: Tensor) -> dict[str, float]:
@@ -324,6 +356,13 @@ def natural_crops(count: int, size: int) -> Tensor:
             for scene in scenes
         ]
     )
+
+
+def photographed_crops(root: Path, config: ModelConfig, count: int = 200) -> Tensor:
+    """Crops around objects of a data set's validation images, of as many images as there are."""
+    recipe = recipes.tiny() if config == ModelConfig.tiny() else recipes.short()
+    crops = recipes.stage_crops(recipe, "1", open_dataset(root, "val"), training=False)
+    return recipes.calibration_crops(crops, count)
 
 
 def with_autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable:

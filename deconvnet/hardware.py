@@ -72,15 +72,26 @@ def compiled_kernels() -> ModuleType | None:
     return None if kernels.numba.config.DISABLE_JIT else kernels
 
 
-@functools.cache
+_tried_out: dict[torch.device, ModuleType | None] = {}
+
+
 def gpu_kernels(device: torch.device) -> ModuleType | None:
     """:mod:`deconvnet.triton_kernels`, or None where there is no Triton or it fails its trial.
 
-    The trial waits for the GPU: let a network run once before a CUDA graph of it is captured.
+    The trial, one for each GPU and process, waits for the GPU, which nothing may do while a CUDA
+    graph is captured: a network that has not run before is captured without these kernels.
 
     Args:
-        device: The GPU on which to try them out, once in a process.
+        device: The GPU on which to try them out.
     """
+    if device not in _tried_out:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        _tried_out[device] = _try_out(device)
+    return _tried_out[device]
+
+
+def _try_out(device: torch.device) -> ModuleType | None:
     try:
         from deconvnet import triton_kernels as kernels
 
@@ -92,7 +103,7 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
             f"pooling and unpooling on {device} do without Triton, which fails there "
             f"({type(error).__name__}: {error}); slower, with the same results",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
     return kernels

@@ -31,6 +31,9 @@ from deconvnet.unpooling import _bits, _empty, _layout
 SMALL = 2**20
 """Maps with fewer values than this are not worth waking a second thread."""
 
+SHORT = 8
+"""Values for each byte of one: a shorter row has ended before a loop over vectors begins."""
+
 # Without Python's lock, so that threads share the work; the machine code is kept on disk.
 _loop = numba.njit(nogil=True, cache=True, error_model="numpy")
 _sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -197,6 +200,12 @@ def _gather_planes(start, stop, x, gathered, switches):
     height, width = gathered.shape[1:]
     for row in range(start, stop):
         n, i = row // height, row % height
+        if width < SHORT * x.itemsize:
+            for j in range(width):
+                switch = switches[n, i, j]
+                here = switch < 4
+                gathered[n, i, j] = x[n, 2 * i + switch // 2, 2 * j + switch % 2] if here else 0
+            continue
         for j in range(width):
             gathered[n, i, j] = _chosen(
                 switches[n, i, j],

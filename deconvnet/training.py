@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -185,7 +185,7 @@ def train(
     """
     run = _Run(model, dataset, stage, Path(run_dir), indices, validate, device, about)
     try:
-        with sole_use(run.run_dir) if run.rank == 0 else nullcontext():  # rank 0 alone writes
+        with run.sole_use_of_folder():
             run.remove_leftovers()
             if resume:
                 run.load()
@@ -433,6 +433,20 @@ class _Run:
         )
 
     # --- files --------------------------------------------------------------------------------
+
+    @contextmanager
+    def sole_use_of_folder(self) -> Iterator[None]:
+        """Keeps other runs out of the folder. Where the first process is refused, all stop."""
+        with ExitStack() as stack:
+            refusal = None
+            if self.rank == 0:  # it alone writes
+                try:
+                    stack.enter_context(sole_use(self.run_dir))
+                except (OSError, ValueError) as error:
+                    refusal = error
+            if self.any_process(refusal is not None):
+                raise refusal or ValueError(f"{self.run_dir}: refused to the first process")
+            yield
 
     @property
     def checkpoint(self) -> Path:

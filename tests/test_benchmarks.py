@@ -49,6 +49,37 @@ def test_network() -> None:
     assert exact["same_switches"]["relative_error"] < 1e-4
 
 
+def test_network_that_has_learned(shapes_root: Path) -> None:
+    """Labels of a network's own images, and by the same count as if all were one batch."""
+    weights = pretrained("shapes-deconvnet")
+    settings = ("--recipe", "tiny", "--crops", "2", "--batch", "2", "--rounds", "1")
+    found = answer("network", *settings, "--weights", str(weights), "--data", str(shapes_root))
+    exact = found["accuracy"].pop("trained, tiny")["float32"]
+    assert not found["accuracy"], "one network alone was asked"
+    assert 0.999 < exact["label_agreement"] == found["label_agreement"]["float32"]
+    done = call("benchmarks/network.py", "--weights", str(weights))
+    assert done.returncode == 2 and "belong together" in done.stderr
+
+
+def test_difference_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from network import Difference
+
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.randn(6, 3, 4, 5, generator=generator)
+    scores = expected + 0.3 * torch.randn(6, 3, 4, 5, generator=generator)
+    found = Difference()
+    for part, wanted in zip(scores.split(4), expected.split(4)):
+        found.add(part, wanted)
+    same = (scores.argmax(1) == expected.argmax(1)).double().mean()
+    error = (scores - expected).square().mean().sqrt() / expected.std(correction=0)
+    assert 0.5 < same < 1
+    assert found.figures() == {
+        "label_agreement": pytest.approx(float(same)),
+        "relative_error": pytest.approx(float(error)),
+    }
+
+
 def test_unpooling() -> None:
     found = answer("unpooling", "--crops", "1", "--rounds", "1")
     assert {row["place_bytes_ratio"] for row in found["summary"]} == {8.0}

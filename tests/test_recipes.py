@@ -72,6 +72,18 @@ def test_voc2012_is_the_papers_size() -> None:
     assert recipe.balance == 1.0
 
 
+def test_short_is_the_papers_size_by_the_solver_of_compact() -> None:
+    short, compact, paper = recipes.short(), recipes.compact(), recipes.voc2012()
+    assert (short.model, short.instances) == (paper.model, paper.instances)
+    assert replace(short.stage1, batch_size=32, micro_batch=32) == compact.stage1
+    assert short.stage2 == short.stage1
+    own = {"model": compact.model, "instances": compact.instances}
+    assert replace(short, **own, stage1=compact.stage1, stage2=compact.stage2) == compact
+    with torch.device("meta"):
+        start, model = (make_network(recipe, "fcn", 21) for recipe in (compact, short))
+    assert start.config == model.config  # of the encoder that both of DeconvNet's stages keep
+
+
 # What a recipe builds
 
 
@@ -317,7 +329,7 @@ def test_the_paper_balances_stage_2_alone(
 
 def test_only_the_papers_recipe_averages_batch_norm_anew() -> None:
     counts = {name: make().reestimate_crops for name, make in RECIPES.items()}
-    assert counts == {"tiny": 0, "compact": 0, "voc2012": 501 * 28}
+    assert counts == {"tiny": 0, "compact": 0, "short": 0, "voc2012": 501 * 28}
 
 
 def test_finishing_a_stage(dataset: VOCDataset, monkeypatch: pytest.MonkeyPatch) -> None:

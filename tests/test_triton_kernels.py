@@ -120,10 +120,13 @@ def test_they_are_tried_out_before_they_are_used(
     monkeypatch.setitem(sys.modules, "deconvnet.triton_kernels", interpreted)
     monkeypatch.setattr("deconvnet.triton_kernels", interpreted, raising=False)
     here = torch.device("cpu")
-    ask = hardware.gpu_kernels.__wrapped__  # without its memory
+    monkeypatch.setattr(hardware, "_tried_out", {})
     with warnings.catch_warnings(), torch.device("meta"):  # a default that is not meant
         warnings.simplefilter("error")
-        assert ask(here) is interpreted
+        with monkeypatch.context() as capturing:  # a trial would spoil the graph
+            capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            assert hardware.gpu_kernels(torch.device("cuda", 0)) is None
+        assert hardware.gpu_kernels(here) is interpreted
     pool = interpreted.max_pool
 
     def with_a_fault(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,8 +134,10 @@ def test_they_are_tried_out_before_they_are_used(
         return pooled, switches.clamp(max=2)
 
     monkeypatch.setattr(interpreted, "max_pool", with_a_fault)
+    assert hardware.gpu_kernels(here) is interpreted  # one trial is enough
+    hardware._tried_out.clear()
     with pytest.warns(RuntimeWarning, match="do without Triton.*other values than tensors"):
-        assert ask(here) is None
+        assert hardware.gpu_kernels(here) is None
 
 
 def test_without_triton_tensors_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +145,7 @@ def test_without_triton_tensors_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("deconvnet.triton_kernels", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert hardware.gpu_kernels.__wrapped__(torch.device("cuda", 0)) is None
+        assert hardware._try_out(torch.device("cuda", 0)) is None
 
 
 def test_a_triton_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +156,4 @@ def test_a_triton_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delitem(sys.modules, "deconvnet.triton_kernels", raising=False)
     monkeypatch.delattr("deconvnet.triton_kernels", raising=False)
     with pytest.warns(RuntimeWarning, match="fails there .RuntimeError: broken.; slower"):
-        assert hardware.gpu_kernels.__wrapped__(torch.device("cuda", 0)) is None
+        assert hardware._try_out(torch.device("cuda", 0)) is None
