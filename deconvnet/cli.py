@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from deconvnet import recipes
 from deconvnet.crf import CRFConfig
 from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_labels
+from deconvnet.fcn import FCN8s
 from deconvnet.files import atomic_write, file_digest, sole_use
 from deconvnet.folders import open_dataset
 from deconvnet.hardware import default_device, join_processes, keep_memory
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.command == "proposals" and options.cache is not None
         )
         hint = "; the same command goes on from here" if kept else ""
+        if options.command == "train":
+            hint += ", or ends as it is with --iterations no more than were done"
         print(f"deconvnet: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     finally:
@@ -316,14 +319,14 @@ def run_train(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, first: bool) -> None:
     recipe = recipes.RECIPES[options.recipe]()
-    # Images take minutes to decode and Edge Boxes hours to find: first what may be refused.
+    # Images take a minute to decode, and Edge Boxes many to find: first what may be refused.
     settings = _settings_to_train(options, recipe)
     start = None if options.init is None else load_model(_weights(options.init))
     # Train at the size at which images will be segmented.
     kept = {"decode_cache": not options.no_cache, "max_side": recipe.inference.max_side}
     dataset = open_dataset(options.data, options.split, limit=options.limit, **kept)
     validation = open_dataset(options.data, options.val_split, limit=128, **kept)
-    model = None if start is None else _network_from(options, recipe, start, dataset.num_classes)
+    model = None if start is None else _network_from(options, recipe, start, dataset)
     crops, checks = (
         recipes.stage_crops(
             recipe,
@@ -427,24 +430,45 @@ def _settings_to_train(options: argparse.Namespace, recipe: recipes.Recipe) -> S
         )
     if options.vgg16 not in (None, "vgg16", "vgg16_bn") and not Path(options.vgg16).is_file():
         raise ValueError(f"no VGG-16 weights at {options.vgg16}; vgg16 and vgg16_bn are downloaded")
+    if recipe.classify is None and not (options.init or options.vgg16):
+        print(
+            f"deconvnet: recipe {options.recipe!r} starts from nothing, which takes far longer; "
+            "the paper starts from ImageNet's weights (--vgg16 vgg16)",
+            file=sys.stderr,
+        )
     _, processes = join_processes()
     if settings.batch_size % processes:
-        return settings  # training refuses it, and says why
+        raise ValueError(
+            f"{processes} processes cannot share a batch of {settings.batch_size} crops: start a "
+            "number of them that divides it"
+        )
     # A recipe's batch may be a single forward pass, which processes can only share in parts.
     share = settings.batch_size // processes
     return replace(settings, micro_batch=min(settings.micro_batch, share))
 
 
 def _network_from(
-    options: argparse.Namespace, recipe: recipes.Recipe, start: nn.Module, num_classes: int
+    options: argparse.Namespace, recipe: recipes.Recipe, start: nn.Module, dataset: VOCDataset
 ) -> nn.Module:
+    metadata = getattr(start, "metadata", {})
+    known, made_by = tuple(metadata.get("class_names", ())), metadata.get("recipe")
+    new_classes = "--new-classes learns other classes than it knows"
+    same_kind = isinstance(start, FCN8s) == (options.stage == "fcn")  # its scores are taken over
+    if same_kind and known not in ((), dataset.class_names) and not options.new_classes:
+        raise ValueError(
+            f"{_weights(options.init)}: knows the classes {', '.join(known)}, the data has "
+            f"{', '.join(dataset.class_names)}; {new_classes}"
+        )
     try:
         return recipes.make_network(
-            recipe, options.stage, num_classes, start=start, new_classes=options.new_classes
+            recipe, options.stage, dataset.num_classes, start=start, new_classes=options.new_classes
         )
     except ValueError as error:
-        about_classes = "classes" in str(error) and not options.new_classes
-        hint = "; --new-classes learns other classes than it knows" if about_classes else ""
+        hint = ""
+        if made_by not in (None, options.recipe):
+            hint = f"; it was trained with --recipe {made_by}, this is {options.recipe}"
+        elif "classes" in str(error) and not options.new_classes:
+            hint = f"; {new_classes}"
         raise ValueError(f"{_weights(options.init)}: {error}{hint}") from error
 
 

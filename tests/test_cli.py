@@ -409,6 +409,12 @@ def test_interrupted_training_goes_on(
         assert main(train(shapes_root, tmp_path / "parts")) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "parts/weights.safetensors").exists()
+    ended = Path(shutil.copytree(tmp_path / "parts", tmp_path / "ended"))
+    assert main(train(shapes_root, ended, "--iterations", "2")) == 0  # it had three
+    last = torch.load(ended / "checkpoint.pt", weights_only=True)
+    assert last["iteration"] == 3
+    for name, tensor in load_model(ended / "weights.safetensors").state_dict().items():
+        assert torch.equal(last["model"][name], tensor), name
     assert main(train(shapes_root, tmp_path / "parts")) == 0
     assert main(train(shapes_root, tmp_path / "whole", "--no-cache")) == 0
     parts, whole = (load_model(tmp_path / n / "weights.safetensors") for n in ("parts", "whole"))
@@ -500,6 +506,43 @@ def test_a_frozen_encoder_must_have_learned(
 
 
 @pytest.mark.usefixtures("small_training")
+def test_weights_of_other_classes_are_not_taken_over(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many classes, but others: no shape would show it."""
+    config = ModelConfig(13, **SIZES, **DECODER, input_size=32)
+    named = [f"class {i}" for i in range(13)]
+    start = tmp_path / "start.safetensors"
+    save_model(DeconvNet(config), start, {"class_names": named, "recipe": "compact"})
+    command = train(shapes_root, tmp_path / "run", "--iterations", "1", "--init", start)
+    message = fails(capsys, *command)
+    assert "knows the classes class 0, class 1," in message
+    assert "the data has background, disc," in message
+    assert message.endswith("; --new-classes learns other classes than it knows")
+    assert main([str(a) for a in (*command, "--new-classes")]) == 0
+    # An FCN-8s takes its encoder alone.
+    fcn = [*train(shapes_root, tmp_path / "fcn", "--iterations", "1"), "--stage", "fcn"]
+    assert main([str(a) for a in (*fcn, "--init", start)]) == 0
+    wide = replace(config, fc_width=9)
+    save_model(DeconvNet(wide), start, {"recipe": "compact"})
+    capsys.readouterr()
+    message = fails(capsys, *command)
+    assert message.endswith("; it was trained with --recipe compact, this is tiny")
+
+
+def test_starting_from_nothing_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*options: str) -> str:
+        given = cli.parser().parse_args(train(Path("data"), Path("run"), *options))
+        cli._settings_to_train(given, recipes.RECIPES[given.recipe]())
+        return capsys.readouterr().err
+
+    assert "'voc2012' starts from nothing" in said("--recipe", "voc2012")
+    assert said("--recipe", "voc2012", "--vgg16", "vgg16") == said("--recipe", "tiny") == ""
+
+
+@pytest.mark.usefixtures("small_training")
 def test_what_may_be_refused_is_read_before_what_takes_long(
     shapes_root: Path,
     tmp_path: Path,
@@ -524,7 +567,6 @@ def test_what_may_be_refused_is_read_before_what_takes_long(
         ("compact", 4, 8),
         ("voc2012", 2, 8),
         ("voc2012", 16, 4),
-        ("tiny", 3, 32),  # left for training to refuse
     ],
 )
 def test_processes_share_a_batch(
@@ -535,6 +577,9 @@ def test_processes_share_a_batch(
     given = cli.parser().parse_args(train(Path("data"), Path("run"), *start))
     settings = cli._settings_to_train(given, recipes.RECIPES[recipe]())
     assert settings.micro_batch == expected
+    monkeypatch.setattr(cli, "join_processes", lambda: (0, 7))
+    with pytest.raises(ValueError, match="7 processes cannot share a batch of (32|64) crops"):
+        cli._settings_to_train(given, recipes.RECIPES[recipe]())
 
 
 @pytest.mark.parametrize(
@@ -562,6 +607,8 @@ def test_only_what_goes_on_says_so(
     monkeypatch.setattr(cli, f"run_{command[0]}", interrupt)
     assert main(command) == 130
     hint = "; the same command goes on from here" if goes_on else ""
+    if command[0] == "train":
+        hint += ", or ends as it is with --iterations no more than were done"
     assert capsys.readouterr().err == f"deconvnet: interrupted{hint}\n"
 
 
