@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -435,12 +435,10 @@ class Predictor:
             return network
         if getattr(network, "prepared", False):
             return network
-        tensors = chain(network.parameters(), network.buffers())
         dtype = choose_precision(self.config.precision, self.device)
         # "auto" is whatever is fastest; else switches and labels are worth some time
         encoder_dtype = dtype if self.config.precision == "auto" else None
-        versions = ((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-        state = dtype, encoder_dtype, *versions
+        state = dtype, encoder_dtype, *_signs_of_change(network)
         if self._prepared.get(network, (None, None))[0] != state:
             self._prepared[network] = state, prepare_for_inference(network, dtype, encoder_dtype)
         return self._prepared[network][1]
@@ -449,6 +447,19 @@ class Predictor:
         if self.config.convention == "release":
             return product_of_scores(found["deconvnet_scores"], found["fcn_scores"])
         return mean_of_probabilities(found["deconvnet_probabilities"], found["fcn_probabilities"])
+
+
+def _signs_of_change(network: nn.Module) -> Iterator[object]:
+    """What is another when weights have changed, without reading them all.
+
+    PyTorch counts the changes of a tensor, but a fused optimiser's go uncounted, and so do those
+    of inference tensors. Hence also the first and the last value of each.
+    """
+    tensors = [t for t in chain(network.parameters(), network.buffers()) if t.numel()]
+    for tensor in tensors:
+        yield tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    corners = (t.detach()[(place,) * t.ndim].float() for t in tensors for place in (0, -1))
+    yield torch.stack(list(corners)).cpu().numpy().tobytes()
 
 
 def label_map(probabilities: Tensor, size: tuple[int, int]) -> Tensor:

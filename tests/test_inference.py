@@ -640,6 +640,24 @@ def test_prepared_copies_follow_the_weights():
     assert predictor._prepared[model][1] is not copied
 
 
+def test_prepared_copies_follow_a_fused_optimiser():
+    """PyTorch does not count what it changes."""
+    model = DeconvNet(ModelConfig.tiny(3))
+    predictor = Predictor(model, edge_boxes=None, crf=None, device="cpu")
+    image = make_scene(seed=5).image
+    predictor(image)
+    copied = predictor._prepared[model][1]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    model(image[None, :, :64, :64]).square().sum().backward()
+    versions = [p._version for p in model.parameters()]
+    optimizer.step()
+    assert [p._version for p in model.parameters()] == versions
+    found = predictor(image).deconvnet_scores
+    assert predictor._prepared[model][1] is not copied
+    fresh = Predictor(model, edge_boxes=None, crf=None, device="cpu")
+    assert torch.equal(found, fresh(image).deconvnet_scores)
+
+
 def test_prepared_copies_follow_the_precision(monkeypatch):
     """Where a CPU has bfloat16, ``auto`` takes it throughout, ``bfloat16`` not for the encoder."""
     monkeypatch.setattr("deconvnet.hardware.cpu_has_bfloat16", lambda: True)
