@@ -217,9 +217,10 @@ class Difference:
     def add(self, scores: Tensor, expected: Tensor) -> None:
         """Counts in scores ``[N, C, H, W]`` of the same crops."""
         same = scores.argmax(1) == expected.argmax(1)
-        squares = (scores - expected).double().square()
-        wanted = expected.double()
-        found = (same.sum(), squares.sum(), wanted.sum(), wanted.square().sum())
+        found = [
+            values.sum(dtype=torch.float64)
+            for values in (same, (scores - expected).square(), expected, expected.square())
+        ]
         counts = (same.numel(), expected.numel())
         self.sums += torch.tensor([*map(float, found), *counts], dtype=torch.float64)
 
