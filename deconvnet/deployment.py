@@ -28,6 +28,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from deconvnet.hardware import compiled_kernels
 from deconvnet.model import Decoder, DeconvNet, Encoder
 from deconvnet.unpooling import _window_corners, unpool2d
-from deconvnet.winograd import CACHE_BYTES, winograd
+from deconvnet.winograd import CACHE_BYTES, WinogradConvolution, winograd
 
 LARGE = 2**20
 """Values of a crop's first map from which on it pays that threads work on separate crops."""
+
+TIE = 100
+"""Units in the last place by which a value must be larger than another in its window to win.
+
+Where an image is of one colour, all four are equal, and the first one wins. The sums of rule 5
+round each by its place in the tile, and would choose among them at random. So this is for the
+first two blocks: deeper ones see so much at once that hardly anything is of one colour.
+"""
 
 GROUP = 8
 """The largest number of crops that one thread takes through all blocks."""
@@ -323,12 +332,20 @@ class EncoderInParts(nn.Module):
         return [deepest], switches
 
     def _encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        pool = compiled_kernels().max_pool if self.compiled else library_pool
         switches = []
-        for block, count in zip(self.blocks, self.at_once):
+        for i, (block, count) in enumerate(zip(self.blocks, self.at_once)):
+            pool = self._pool_after(block, i, x.dtype)
             x, where = map(_joined, zip(*[pool(block(part)) for part in x.split(count)]))
             switches.append(where)
         return x, *switches
+
+    def _pool_after(self, block: nn.Module, i: int, dtype: torch.dtype) -> Callable:
+        if not self.compiled:
+            return library_pool
+        by_tiles = any(isinstance(layer, WinogradConvolution) for layer in block.modules())
+        tied = by_tiles and i < 2 and dtype.itemsize >= 4
+        tie = TIE * torch.finfo(dtype).eps if tied else 0.0
+        return partial(compiled_kernels().max_pool, tie=tie)
 
 
 class ScoresByPlane(nn.Conv2d):

@@ -42,11 +42,13 @@ _sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contr
 # --- 2 x 2 pooling and unpooling --------------------------------------------------------------
 
 
-def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
+def max_pool(x: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
     """The maxima of 2 x 2 windows and their switches.
 
     Args:
         x: ``[..., H, W]`` of 3 or 4 dimensions, any floating-point dtype, on the CPU.
+        tie: Up to what share of an earlier value a later one that is larger counts as its equal.
+            Only for maps without negative values.
 
     Returns:
         As :func:`deconvnet.unpooling.max_pool2d_with_switches`, without a gradient.
@@ -58,7 +60,8 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
         wide = readable.dtype
     pooled = _empty(x, (x.shape[-2] // 2, x.shape[-1] // 2), wide)
     switches = torch.empty_like(pooled, dtype=torch.uint8)
-    _share_rows((_pool_planes, _pool_pixels), readable, pooled, switches)
+    beyond = pooled.numpy().dtype.type(1 + tie)
+    _share_rows((_pool_planes, _pool_pixels), readable, pooled, switches, settings=(beyond,))
     return pooled.to(x.dtype), switches
 
 
@@ -91,14 +94,17 @@ def gather(x: Tensor, switches: Tensor) -> Tensor:
 
 
 @_loop
-def _largest(a, b, c, d):
-    """The largest of four and its place; the first of equals, the last NaN."""
+def _largest(a, b, c, d, beyond):
+    """The largest of four and its place; the first of equals, the last NaN.
+
+    A later one must be larger than ``beyond`` times an earlier one: 1, or a little more.
+    """
     best, place = a, 0
-    if b > best or b != b:
+    if b > best * beyond or b != b:
         best, place = b, 1
-    if c > best or c != c:
+    if c > best * beyond or c != c:
         best, place = c, 2
-    if d > best or d != d:
+    if d > best * beyond or d != d:
         best, place = d, 3
     return best, place
 
@@ -120,7 +126,7 @@ def _compiled_number(x):
 
 
 @_loop
-def _pool_pixels(start, stop, x, pooled, switches):
+def _pool_pixels(start, stop, x, pooled, switches, beyond):
     height, width, channels = pooled.shape[1:]
     for row in range(start, stop):
         n, i = row // height, row % height
@@ -131,11 +137,12 @@ def _pool_pixels(start, stop, x, pooled, switches):
                     _number(x[n, 2 * i, 2 * j + 1, k]),
                     _number(x[n, 2 * i + 1, 2 * j, k]),
                     _number(x[n, 2 * i + 1, 2 * j + 1, k]),
+                    beyond,
                 )
 
 
 @_loop
-def _pool_planes(start, stop, x, pooled, switches):
+def _pool_planes(start, stop, x, pooled, switches, beyond):
     height, width = pooled.shape[1:]
     for row in range(start, stop):
         n, i = row // height, row % height
@@ -145,6 +152,7 @@ def _pool_planes(start, stop, x, pooled, switches):
                 _number(x[n, 2 * i, 2 * j + 1]),
                 _number(x[n, 2 * i + 1, 2 * j]),
                 _number(x[n, 2 * i + 1, 2 * j + 1]),
+                beyond,
             )
 
 
@@ -216,7 +224,9 @@ def _gather_planes(start, stop, x, gathered, switches):
             )
 
 
-def _share_rows(loops: tuple[Callable, Callable], large: Tensor, *small: Tensor) -> None:
+def _share_rows(
+    loops: tuple[Callable, Callable], large: Tensor, *small: Tensor, settings: tuple = ()
+) -> None:
     """Runs the loop for the layout of ``large`` over all rows of windows, shared among threads."""
     layout = _layout(large)
     pixels = layout == torch.channels_last
@@ -230,10 +240,10 @@ def _share_rows(loops: tuple[Callable, Callable], large: Tensor, *small: Tensor)
     threads = 1 if large.numel() < SMALL else min(torch.get_num_threads(), rows)
     edges = [rows * i // threads for i in range(threads + 1)]
     others = [
-        _workers(torch.get_num_threads()).submit(loops[pixels], start, stop, *arrays)
+        _workers(torch.get_num_threads()).submit(loops[pixels], start, stop, *arrays, *settings)
         for start, stop in zip(edges[1:], edges[2:])
     ]
-    loops[pixels](edges[0], edges[1], *arrays)
+    loops[pixels](edges[0], edges[1], *arrays, *settings)
     for other in others:
         other.result()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deconvnet import deployment, winograd
+from deconvnet import deployment, hardware, winograd
 from deconvnet.deployment import (
     ConvolutionOfAll,
     DeconvolutionToAll,
@@ -73,6 +73,22 @@ def test_deconvnet_gives_the_same_labels_in_float32() -> None:
     # A switch between two nearly equal values may move, and with it what is drawn around it.
     assert close.float().mean() > 0.7
     assert (scores.argmax(1) == expected.argmax(1)).float().mean() > 0.99
+
+
+def test_where_all_is_of_one_colour_the_first_place_wins() -> None:
+    """As in the plain network, although Winograd's sums round equal values by their place."""
+    if hardware.compiled_kernels() is None:
+        pytest.skip("needs Numba")
+    model = lively(DeconvNet(ModelConfig(5, (64, 64, 8, 8, 8), (2, 2, 1, 1, 1), fc_width=16)))
+    crops = torch.full((1, 3, 224, 224), 117, dtype=torch.uint8)
+    with torch.no_grad():
+        _, expected = model.encoder(model.normalise(crops))
+        fast = prepare_for_inference(model)
+        _, switches = fast.encoder(fast.normalise(crops))
+    assert any(isinstance(m, winograd.WinogradConvolution) for m in fast.encoder.modules())
+    inside = (..., slice(4, -4), slice(4, -4))  # the border sees zeros
+    assert not expected[0][inside].any()
+    assert not switches[0][inside].any()
 
 
 def test_fcn_is_equal_but_for_rounding() -> None:

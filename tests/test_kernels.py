@@ -56,7 +56,7 @@ def test_what_is_compiled_is_what_stands_there(layout: str, dtype: torch.dtype) 
     arrays = [np.zeros_like(array(t)) for t in (pooled, switches, x, pooled)]
     rows = arrays[0].shape[0] * arrays[0].shape[1]
     loop = {name: getattr(kernels, f"_{name}_{kinds}").py_func for name in ("pool", "unpool")}
-    loop["pool"](0, rows, array(read), *arrays[:2])
+    loop["pool"](0, rows, array(read), *arrays[:2], np.float32(1))
     np.testing.assert_array_equal(arrays[0], array(pooled))
     np.testing.assert_array_equal(arrays[1], array(switches))
     loop["unpool"](0, rows, arrays[2], array(pooled), array(switches))
@@ -75,6 +75,18 @@ def test_whole_numbers(dtype: torch.dtype) -> None:
     x = x.to(dtype)
     for actual, expected in zip(kernels.max_pool(x), unpooling._find(x, 2)):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_nearly_equal_values_are_a_tie_where_it_is_asked_for(layout: torch.memory_format) -> None:
+    x = torch.tensor([[1.0, 1.0 + 5e-6], [1.0 + 2e-5, 1.0]]).expand(2, 3, 2, 2)
+    x = x.contiguous(memory_format=layout)
+    for tie, place in ((0.0, 2), (1e-5, 2), (1e-4, 0)):
+        pooled, switches = kernels.max_pool(x, tie)
+        assert (switches == place).all()
+        assert torch.equal(pooled, x.flatten(2)[:, :, place, None, None])
+    zeros = kernels.max_pool(0 * x, 1e-4)
+    assert not zeros[0].any() and not zeros[1].any()
 
 
 def test_a_switch_out_of_range_drops_its_value() -> None:
