@@ -430,13 +430,13 @@ def _settings_to_train(options: argparse.Namespace, recipe: recipes.Recipe) -> S
         )
     if options.vgg16 not in (None, "vgg16", "vgg16_bn") and not Path(options.vgg16).is_file():
         raise ValueError(f"no VGG-16 weights at {options.vgg16}; vgg16 and vgg16_bn are downloaded")
-    if recipe.classify is None and not (options.init or options.vgg16):
+    rank, processes = join_processes()
+    if recipe.classify is None and not (options.init or options.vgg16) and rank == 0:
         print(
             f"deconvnet: recipe {options.recipe!r} starts from nothing, which takes far longer; "
             "the paper starts from ImageNet's weights (--vgg16 vgg16)",
             file=sys.stderr,
         )
-    _, processes = join_processes()
     if settings.batch_size % processes:
         raise ValueError(
             f"{processes} processes cannot share a batch of {settings.batch_size} crops: start a "

@@ -47,8 +47,8 @@ def max_pool(x: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
 
     Args:
         x: ``[..., H, W]`` of 3 or 4 dimensions, any floating-point dtype, on the CPU.
-        tie: Up to what share of an earlier value a later one that is larger counts as its equal.
-            Only for maps without negative values.
+        tie: Up to what share of an earlier value a later one that is larger counts as its equal;
+            more than 0 only for maps without negative values.
 
     Returns:
         As :func:`deconvnet.unpooling.max_pool2d_with_switches`, without a gradient.
