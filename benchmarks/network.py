@@ -103,13 +103,16 @@ def main() -> None:
         steps["fewer multiplications"] = prepare_for_inference(model, rules=5)
         if compiled_kernels() is not None:
             steps["compiled loops"] = prepare_for_inference(model)
-    exact = fastest = list(steps)[-1]
+    uniform = [list(steps)[-1]]  # those that compute in one number format throughout
+    exact = fastest = uniform[0]
+    steps["same switches"] = prepare_for_inference(model, same_switches=True)
     if best_dtype != torch.float32:
         fastest = "all, 16 bits"
         steps["16 bits, autocast only"] = with_autocast(book, device, best_dtype)
         steps[fastest] = prepare_for_inference(model, best_dtype)
         name, encoder_dtype = other_encoder(device, best_dtype)
         steps[f"all, {name}"] = prepare_for_inference(model, best_dtype, encoder_dtype)
+        uniform.append(f"all, {name}" if device.type == "cpu" else fastest)
 
     with torch.inference_mode():  # warms up
         for step in steps.values():
@@ -122,9 +125,7 @@ def main() -> None:
             if taken < seconds.get(name, math.inf):
                 seconds[name], batches[name] = taken, batch
 
-    # of those that compute in one number format throughout
-    uniform = (exact, list(steps)[-1 if device.type == "cpu" else -2])
-    layers = {name: parts_of(steps[name], crops[:10]) for name in dict.fromkeys(uniform)}
+    layers = {name: parts_of(steps[name], crops[:10]) for name in uniform}
     trained = load_model(pretrained("shapes-deconvnet"), device).eval()
     accuracy = {
         "trained, tiny": accuracy_of(trained, natural_crops(2000, 64).to(device), best_dtype),
@@ -141,6 +142,7 @@ def main() -> None:
         "dtype": str(best_dtype).removeprefix("torch."),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "ratio_fp32": round(baseline / seconds[exact], 2),
+        "ratio_same_switches": round(baseline / seconds["same switches"], 2),
         "ratio_best": round(baseline / seconds[fastest], 2),
         "best": fastest,
         "label_agreement": {way: found["label_agreement"] for way, found in learned.items()},
@@ -181,7 +183,10 @@ def accuracy_of(model: DeconvNet, crops: Tensor, best_dtype: torch.dtype) -> dic
     one pixel away. ``same_switches`` says what is left when both use the plain network's.
     """
     short = str(best_dtype).removeprefix("torch.")
-    ways = {"float32": prepare_for_inference(model)}
+    ways = {
+        "float32": prepare_for_inference(model),
+        "float32, same switches": prepare_for_inference(model, same_switches=True),
+    }
     if best_dtype != torch.float32:
         ways[short] = prepare_for_inference(model, best_dtype)
         name, encoder_dtype = other_encoder(crops.device, best_dtype)

@@ -45,8 +45,11 @@ def test_network() -> None:
     assert min(found["seconds"].values()) > 0
     assert min(found["ratio_best"], found["ratio_fp32"]) > 0
     assert found["label_agreement"]["float32"] > 0.999
-    exact = found["accuracy"]["trained, tiny"]["float32"]
-    assert exact["same_switches"]["relative_error"] < 1e-4
+    accuracy = found["accuracy"]["trained, tiny"]
+    assert accuracy["float32"]["same_switches"]["relative_error"] < 1e-4
+    exact = accuracy["float32, same switches"]
+    assert exact["relative_error"] < 1e-4
+    assert exact["switches_moved"] == 0
 
 
 def test_network_that_has_learned(shapes_root: Path) -> None:

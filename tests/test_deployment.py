@@ -75,6 +75,35 @@ def test_deconvnet_gives_the_same_labels_in_float32() -> None:
     assert (scores.argmax(1) == expected.argmax(1)).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("rules", [3, 4, 6])
+def test_the_same_switches_on_request(rules: int) -> None:
+    """Then scores differ by rounding alone; without, some value lands one pixel away."""
+    model = lively(DeconvNet(ModelConfig(5, (64, 64, 16, 16, 16), fc_width=32)))
+    crops = images(224, 2)
+
+    def moved(dtype: torch.dtype, same_switches: bool) -> int:
+        fast = prepare_for_inference(model, dtype, rules=rules, same_switches=same_switches)
+        _, found = fast.encoder(fast.normalise(crops))
+        return sum(int((a != b).sum()) for a, b in zip(switches, found))
+
+    with torch.no_grad():
+        expected = model(crops)
+        _, switches = model.encoder(model.normalise(crops))
+        scores = prepare_for_inference(model, rules=rules, same_switches=True)(crops)
+        assert moved(torch.float32, True) == moved(torch.bfloat16, True) == 0
+        if rules == 6:
+            assert moved(torch.float32, False) > 0
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+def test_the_same_switches_need_the_same_precision() -> None:
+    model = DeconvNet(ModelConfig.tiny(5))
+    with pytest.raises(ValueError, match="encoder_dtype must be torch.float32, got torch.bf"):
+        prepare_for_inference(model, encoder_dtype=torch.bfloat16, same_switches=True)
+    fcn = prepare_for_inference(FCN8s(FCNConfig.tiny(5)), torch.bfloat16, same_switches=True)
+    assert next(fcn.parameters()).dtype == torch.bfloat16  # it has no switches to keep
+
+
 def test_where_all_is_of_one_colour_the_first_place_wins() -> None:
     """As in the plain network, although Winograd's sums round equal values by their place."""
     if hardware.compiled_kernels() is None:
