@@ -24,7 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.gaussian import MAX_EXACT_PIXELS, NEGLIGIBLE, ExactFilter, Filter, GridGaussian
+from deconvnet.gaussian import (
+    MAX_EXACT_PIXELS,
+    NEGLIGIBLE,
+    ExactFilter,
+    ExactGrid,
+    Filter,
+    GridGaussian,
+)
 from deconvnet.permutohedral import PermutohedralLattice, lattice_filter
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
@@ -272,11 +279,13 @@ def pairwise_kernels(
         method = "exact"
     if weights is not None or config.gaussian_weight:
         sigma = config.gaussian_sigma
-        if method in ("auto", "lattice"):
-            add(GridGaussian(*size, sigma), gaussian_weight)
-        else:
+        if method == "exact":
+            add(ExactGrid(*size, sigma, ones.dtype, ones.device), gaussian_weight)
+        elif method == "original":
             positions = position_features(*size, sigma).to(ones)
             add(_filter(method, positions), gaussian_weight)
+        else:
+            add(GridGaussian(*size, sigma), gaussian_weight)
     if weights is not None or config.bilateral_weight:
         features = bilateral_features(image, config.bilateral_sigma, config.bilateral_sigma_rgb)
         add(_filter(method, features.to(ones)), bilateral_weight)

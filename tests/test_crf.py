@@ -23,7 +23,7 @@ from deconvnet.crf import (
     position_features,
     unary_from_probabilities,
 )
-from deconvnet.gaussian import ExactFilter, GridGaussian, SparseMatrix
+from deconvnet.gaussian import ExactFilter, ExactGrid, GridGaussian, SparseMatrix
 
 # Wide enough for the pixels of a random image to hear each other.
 WIDE = CRFConfig(bilateral_sigma=3.0, bilateral_sigma_rgb=60.0, gaussian_sigma=1.0, iterations=4)
@@ -272,6 +272,22 @@ def test_exact_filter_sums_in_blocks(monkeypatch, kept):
     filter = ExactFilter(features)
     for _ in range(2):
         torch.testing.assert_close(filter(values), expected)
+
+
+@settings(max_examples=25)
+@given(
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    channels=st.integers(1, 5),
+    sigma=st.floats(0.05, 30.0),
+)
+def test_sums_along_columns_and_rows_are_those_over_all_pairs(height, width, channels, sigma):
+    values = torch.rand(height * width, channels, dtype=torch.float64)
+    expected = ExactFilter(position_features(height, width, sigma).double())(values)
+    grid = ExactGrid(height, width, sigma, values.dtype, values.device)
+    torch.testing.assert_close(grid(values), expected, rtol=1e-5, atol=1e-9)
+    apart = values.T.contiguous().T  # another order in memory
+    assert torch.equal(grid(apart), grid(values))
 
 
 @settings(max_examples=25)
