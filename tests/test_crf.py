@@ -274,13 +274,16 @@ def test_exact_filter_sums_in_blocks(monkeypatch, kept):
         torch.testing.assert_close(filter(values), expected)
 
 
-@settings(max_examples=25)
-@given(
+any_grid = given(
     height=st.integers(1, 20),
     width=st.integers(1, 20),
     channels=st.integers(1, 5),
     sigma=st.floats(0.05, 30.0),
 )
+
+
+@settings(max_examples=25)
+@any_grid
 def test_sums_along_columns_and_rows_are_those_over_all_pairs(height, width, channels, sigma):
     values = torch.rand(height * width, channels, dtype=torch.float64)
     expected = ExactFilter(position_features(height, width, sigma).double())(values)
@@ -291,12 +294,7 @@ def test_sums_along_columns_and_rows_are_those_over_all_pairs(height, width, cha
 
 
 @settings(max_examples=25)
-@given(
-    height=st.integers(1, 20),
-    width=st.integers(1, 20),
-    channels=st.integers(1, 5),
-    sigma=st.floats(0.05, 30.0),
-)
+@any_grid
 def test_grid_gaussian_equals_exact(height, width, channels, sigma):
     values = torch.rand(height * width, channels, dtype=torch.float64)
     expected = ExactFilter(position_features(height, width, sigma).double())(values)
