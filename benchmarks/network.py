@@ -81,6 +81,7 @@ def main() -> None:
     if (options.weights is None) != (options.data is None):
         parser.error("--weights and --data belong together")
 
+    torch.backends.cudnn.allow_tf32 = False  # a GPU's float32, too, is to have 24 bits
     device = default_device()
     best_dtype = choose_precision("auto", device)
     config = ModelConfig() if options.recipe == "full" else ModelConfig.tiny()
@@ -115,8 +116,8 @@ def main() -> None:
         uniform.append(f"all, {name}" if device.type == "cpu" else fastest)
 
     with torch.inference_mode():  # warms up
-        for step in steps.values():
-            step(crops[:10])
+        for step, batch in itertools.product(steps.values(), options.batch):
+            step(crops[:batch])
     seconds: dict[str, float] = {}
     batches: dict[str, int] = {}
     for _ in range(options.rounds):
@@ -383,6 +384,8 @@ def with_autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 def timed(network: Callable[[Tensor], Tensor], crops: Tensor, batch: int) -> float:
     """Seconds that the network takes for all crops."""
+    if crops.is_cuda:
+        torch.cuda.synchronize()
     start = now()
     with torch.inference_mode():
         for part in crops.split(batch):

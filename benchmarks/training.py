@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)  # its dtype and kind, here
     options = parser.parse_args()
 
+    torch.backends.cudnn.allow_tf32 = False  # a GPU's float32, too, is to have 24 bits
     device = default_device()
     micro = options.micro_batch or (32 if device.type == "cuda" else 4)
     if options.way:

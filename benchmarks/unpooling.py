@@ -98,6 +98,7 @@ def our_unpool(x: Tensor, switches: Tensor) -> Tensor:
 
 def compare(ways: dict[str, tuple[Callable, Callable]], x: Tensor, rounds: int) -> dict:
     """Seconds of every pass and bytes of the places, by way; all must give the same map."""
+    torch.compiler.reset()  # which else stops compiling after a few kinds of maps
     calls: dict[str, dict[str, Callable]] = {}
     place_bytes = {}
     expected = None

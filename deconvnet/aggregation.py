@@ -114,10 +114,8 @@ class ScoreCanvas:
             self._restrict_common(visible)
         if left >= right or top >= bottom:
             return
-        # Antialiased, which only matters for boxes smaller than the network's input.
-        warped = F.interpolate(
-            scores[None].float(), (y1 - y0, x1 - x0), mode="bilinear", antialias=True
-        )[0, :, top - y0 : bottom - y0, left - x0 : right - x0]
+        warped = _warp_back(scores, y1 - y0, x1 - x0)
+        warped = warped[:, top - y0 : bottom - y0, left - x0 : right - x0]
         place = self.scores[:, top:bottom, left:right]
         if self.combine == "sum":
             place += warped
@@ -140,3 +138,12 @@ class ScoreCanvas:
     def _region(self, box: Box) -> Tensor:
         left, top, right, bottom = box
         return self.scores[:, top:bottom, left:right]
+
+
+def _warp_back(scores: Tensor, height: int, width: int) -> Tensor:
+    """Scores ``[C, s, s]`` at another size; antialiased, which matters where that is smaller."""
+    # What a GPU shares among threads has no room for the many values under a box of few pixels.
+    tiny = scores.is_cuda and scores.shape[-1] > 32 * min(height, width)
+    source = scores.cpu() if tiny else scores
+    warped = F.interpolate(source[None].float(), (height, width), mode="bilinear", antialias=True)
+    return warped[0].to(scores.device)

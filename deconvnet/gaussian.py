@@ -7,8 +7,9 @@ grid, :mod:`deconvnet.permutohedral` does the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,6 @@ class GridGaussian:
     def __init__(self, height: int, width: int, sigma: float) -> None:
         self.size = height, width
         self.sigma = sigma
-        self._built: dict[tuple, list[SparseMatrix]] = {}  # by device and dtype, on first use
 
     def __call__(self, values: Tensor) -> Tensor:
         """Filter values ``[H * W, C]`` to the same shape."""
@@ -158,28 +158,15 @@ class GridGaussian:
     def _filter(self, values: Tensor) -> Tensor:
         return self._down_and_up(values, self._matrices(values))
 
-    def _down_and_up(self, values: Tensor, matrices: list[SparseMatrix]) -> Tensor:
+    def _down_and_up(self, values: Tensor, matrices: Sequence[SparseMatrix]) -> Tensor:
         down_y, down_x, up_x, up_y = matrices
         shape, (height, _) = values.shape, self.size
         coarse = down_y(values.view(height, -1))  # whole rows of the image at a time
         fine = up_x(down_x(coarse.view(-1, shape[1])))
         return up_y(fine.view(len(coarse), -1)).view(shape)
 
-    def _matrices(self, values: Tensor) -> list[SparseMatrix]:
-        key = values.device, values.dtype
-        if key not in self._built:
-            height, width = self.size
-            down_y, up_y = _square_root(height, self.sigma)
-            down_x, up_x = _square_root(width, self.sigma)
-            rows = down_y.rows
-            matrices = (
-                down_y,
-                down_x.for_every_row(rows, width),
-                up_x.for_every_row(rows, down_x.rows),
-                up_y,
-            )
-            self._built[key] = [matrix.to(*key) for matrix in matrices]
-        return self._built[key]
+    def _matrices(self, values: Tensor) -> tuple[SparseMatrix, ...]:
+        return _down_and_up_again(*self.size, self.sigma, values.device, values.dtype)
 
     def _convolve(self, values: Tensor) -> Tensor:
         height, width = self.size
@@ -254,6 +241,19 @@ class SparseMatrix:
         first = length * torch.arange(rows, dtype=torch.int32)[:, None]
         columns = (first + self.columns).view(rows * self.rows, -1)
         return SparseMatrix.from_rows(columns, self.weights.repeat(rows).view_as(columns))
+
+
+@lru_cache(maxsize=4)  # pictures of one size come one after the other
+def _down_and_up_again(
+    height: int, width: int, sigma: float, device: torch.device, dtype: torch.dtype
+) -> tuple[SparseMatrix, ...]:
+    """A grid's matrices: down along columns and rows, then up along rows and columns."""
+    with torch.inference_mode(False):  # of use in that mode and out of it
+        down_y, up_y = _square_root(height, sigma)
+        down_x, up_x = _square_root(width, sigma)
+        rows = down_y.rows
+        along_rows = down_x.for_every_row(rows, width), up_x.for_every_row(rows, down_x.rows)
+        return tuple(matrix.to(device, dtype) for matrix in (down_y, *along_rows, up_y))
 
 
 def _square_root(length: int, sigma: float) -> tuple[SparseMatrix, SparseMatrix]:

@@ -19,12 +19,15 @@ PRECISIONS = ("auto", "portable", "float32", "bfloat16", "float16")
 def default_device() -> torch.device:
     """The accelerator of this process, or the CPU.
 
-    Under ``torchrun`` each process of a machine takes a GPU of its own (``LOCAL_RANK``).
+    Under ``torchrun`` each process of a machine takes a GPU of its own (``LOCAL_RANK``);
+    elsewhere it is the one that :func:`torch.cuda.set_device` has chosen, or the first.
     """
-    if torch.cuda.is_available():
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", rank % torch.cuda.device_count())
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", int(rank) % torch.cuda.device_count())
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -34,6 +37,8 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
         precision: ``"auto"`` is bfloat16 where the hardware computes it, float16 on older CUDA
             cards (training then scales the loss) and float32 elsewhere. ``"portable"`` does
             the same on GPUs and is float32 on every CPU, so that all give the same figures.
+            On GPUs PyTorch rounds what convolutions in ``"float32"`` multiply to 11 bits (TF32),
+            unless ``torch.backends.cudnn.allow_tf32`` is set to False.
         device: Where to compute.
 
     Raises:
@@ -161,6 +166,15 @@ def join_processes() -> tuple[int, int]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def message_device(device: torch.device) -> torch.device:
+    """Where a small tensor must lie to reach the other processes of the group.
+
+    Args:
+        device: The process's own; what a group of NCCL alone needs.
+    """
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config() else device
 
 
 def gathered(value: Any) -> list[Any]:

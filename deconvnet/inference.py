@@ -148,13 +148,16 @@ def aggregate_proposals(
     canvas = ScoreCanvas(
         model.config.num_classes, height_width, config.convention, config.combine, image.device
     )
+    finite = []
     for start in range(0, len(selected), config.batch_size):
         batch = selected[start : start + config.batch_size]
         scores = _run(model, cut_crops(image, batch, size), config.precision).contiguous()
+        finite.append(scores.isfinite().all())
         for i, (box, crop_scores) in enumerate(zip(batch, scores), start):
             canvas.paste(box, crop_scores)
             if on_proposal is not None:
                 on_proposal(i, box, canvas.scores)
+    _check_finite(finite)
     return canvas.scores
 
 
@@ -174,6 +177,7 @@ def whole_image_scores(model: nn.Module, image: Tensor, precision: str = "portab
     _, height, width = image.shape
     box = (0, 0, width, height)
     scores = _run(model, cut_crops(image, [box], model.config.input_size), precision)
+    _check_finite([scores.isfinite().all()])
     canvas = ScoreCanvas(model.config.num_classes, (height, width), device=image.device)
     canvas.paste(box, scores[0])
     return canvas.scores
@@ -194,6 +198,7 @@ def fcn_scores(fcn: nn.Module, image: Tensor, precision: str = "portable") -> Te
     """
     image = check_image(image).to(_device(fcn))
     scores = _run(fcn, image[None], precision)[0].float()
+    _check_finite([scores.isfinite().all()])
     if scores.shape[1:] != image.shape[1:]:
         raise ValueError(
             f"the FCN must score every pixel of the image {list(image.shape[1:])}, "
@@ -522,12 +527,16 @@ def _run(model: nn.Module, images: Tensor, precision: str) -> Tensor:
             f"the network must give scores [N, {model.config.num_classes}, h, w], "
             f"got {list(scores.shape)}"
         )
-    if not scores.isfinite().all():
+    return scores
+
+
+def _check_finite(answers: list[Tensor]) -> None:
+    """Looks at what ``isfinite().all()`` said: once an image, since the look waits for a GPU."""
+    if answers and not torch.stack(answers).all():
         raise ValueError(
             "the network gave scores that are not finite: its weights are damaged, or overflow in "
             '16 bits (then set precision="float32")'
         )
-    return scores
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -290,7 +290,7 @@ class PermutohedralLattice:
     def _filter(self, values: Tensor, backwards: bool = False) -> Tensor:
         bytes_a_label = (self.num_vertices + 1) * values.element_size()
         labels = max(1, MAX_BUFFER_BYTES // bytes_a_label)
-        parts = math.ceil(values.shape[1] / labels)
+        parts = 1 if values.is_cuda else math.ceil(values.shape[1] / labels)
         if parts == 1:
             return self.slice(self.blur(self.splat(values), backwards))
         return torch.cat(

@@ -38,6 +38,7 @@ from deconvnet.hardware import (
     choose_precision,
     default_device,
     join_processes,
+    message_device,
 )
 from deconvnet.instances import StreamSampler
 from deconvnet.supervision import coarse_labels
@@ -280,7 +281,8 @@ class _Run:
 
     def update(self, network: nn.Module, micro_batches: list[tuple[Tensor, Tensor]]) -> Tensor:
         """One update of the weights; returns the mean loss over the whole batch's pixels."""
-        valid = sum((labels != VOID).sum() for _, labels in micro_batches).to(self.device)
+        valid = sum((labels != VOID).sum() for _, labels in micro_batches)
+        valid = valid.to(self.device, non_blocking=True)  # the last update may still be under way
         if self.world_size > 1:
             dist.all_reduce(valid)
         pixels = valid.clamp(min=1)
@@ -362,7 +364,7 @@ class _Run:
         """Returns the first process's value, so that all of them decide alike."""
         if self.world_size == 1:
             return value
-        message = torch.tensor(value, dtype=torch.float64)
+        message = torch.tensor(value, dtype=torch.float64, device=message_device(self.device))
         dist.broadcast(message, src=0)
         return message.item()
 
@@ -370,7 +372,7 @@ class _Run:
         """Whether any process says yes, so that all of them stop after the same update."""
         if self.world_size == 1:
             return answer
-        votes = torch.tensor(int(answer))
+        votes = torch.tensor(int(answer), device=message_device(self.device))
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes)
 

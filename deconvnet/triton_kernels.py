@@ -117,8 +117,9 @@ def _widened(value):
     return value.to(tl.float32) if value.dtype.primitive_bitwidth < 32 else value
 
 
-# Sizes that only change with the level of the network are no reason to compile anew.
-_compiled = triton.jit(do_not_specialize=("rows", "length", "height", "width", "h"))
+# Sizes that only change with the level of the network are no reason to compile anew. That a row's
+# length is a multiple of 16 is one: then up to 16 bytes are read or written at a time.
+_compiled = triton.jit(do_not_specialize=("rows", "height", "width", "h"))
 
 
 @_compiled

@@ -38,7 +38,7 @@ def there_and_back(x: Tensor) -> list[Tensor]:
     pooled, switches = max_pool2d_with_switches(x)
     leaf = pooled.detach().requires_grad_()
     unpooled = unpool2d(leaf, switches, x.shape[-2:])
-    weights = torch.arange(unpooled.numel()).view(unpooled.shape).to(x.dtype)
+    weights = torch.arange(unpooled.numel()).view(unpooled.shape).to(x)
     (gathered,) = torch.autograd.grad(unpooled, leaf, weights)
     (scattered,) = torch.autograd.grad(pooled, x, gathered)
     return [t.detach() for t in (pooled, switches, unpooled, gathered, scattered)]

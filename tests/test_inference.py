@@ -613,7 +613,8 @@ def test_bad_configuration_is_named(field):
 def test_predictor_computes_with_prepared_copies():
     scene = make_scene(seed=5).image[:, :120, :150]
     fast, plain = (
-        Predictor.from_pretrained("shapes", crf=None, prepare=flag) for flag in (True, False)
+        Predictor.from_pretrained("shapes", crf=None, device="cpu", prepare=flag)
+        for flag in (True, False)
     )
     boxes = proposals().boxes
     actual, expected = fast(scene, boxes), plain(scene, boxes)

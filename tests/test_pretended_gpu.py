@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from pretended_gpu import OnGPU, pretended_gpu
 
 from deconvnet import densecrf, recipes
+from deconvnet.aggregation import ScoreCanvas
 from deconvnet.crf import (
     METHODS,
     NORMALIZATIONS,
@@ -79,6 +81,26 @@ def test_predictor(gpu: torch.device, convention: str, prepare: bool) -> None:
     there, here = found[gpu].probabilities.cpu(), found["cpu"].probabilities
     torch.testing.assert_close(there, here, rtol=0, atol=0.01)
     assert (found[gpu].labels == found["cpu"].labels).float().mean() > 0.999
+
+
+def test_boxes_of_a_few_pixels(gpu: torch.device) -> None:
+    """Which no GPU shrinks a score map to: it runs out of shared memory."""
+    interpolate = torch.nn.functional.interpolate
+
+    def with_little_memory(x: torch.Tensor, size: tuple[int, int], **options) -> torch.Tensor:
+        if x.is_cuda and x.shape[-1] > 64 * min(size):
+            raise RuntimeError("Too much shared memory required")
+        return interpolate(x, size, **options)
+
+    scores = torch.randn(3, 224, 224)
+    canvases = [ScoreCanvas(3, (40, 50), device=device) for device in ("cpu", gpu)]
+    with mock.patch("deconvnet.aggregation.F.interpolate", with_little_memory):
+        for canvas in canvases:
+            for box in ((0, 0, 40, 30), (5, 5, 6, 25), (7, 9, 9, 11)):
+                canvas.paste(box, scores.to(canvas.scores.device))
+        with pytest.raises(RuntimeError, match="shared memory"):
+            torch.nn.functional.interpolate(scores[None].to(gpu), (1, 20))
+    assert torch.equal(canvases[0].scores, canvases[1].scores.cpu())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -69,7 +69,14 @@ def test_training_it_changes_the_encoder_and_leaves_the_decoder(tmp_path, shapes
         recipe.classify, iterations=2, batch_size=4, micro_batch=4, precision="float32"
     )
     recipes.train_stage(
-        recipe, "classify", model, crops, tmp_path, settings=settings, progress=False
+        recipe,
+        "classify",
+        model,
+        crops,
+        tmp_path,
+        settings=settings,
+        device="cpu",
+        progress=False,
     )
     changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
     assert any(name.startswith("encoder.") for name in changed)

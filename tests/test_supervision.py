@@ -106,7 +106,15 @@ def test_a_stage_trains_with_it_and_leaves_a_plain_network(
     )
     crops = recipes.stage_crops(recipe, "1", dataset)
     recipes.train_stage(
-        recipe, "1", model, crops, tmp_path, crops, settings=settings, progress=False
+        recipe,
+        "1",
+        model,
+        crops,
+        tmp_path,
+        crops,
+        settings,
+        device="cpu",
+        progress=False,
     )
     assert model.state_dict().keys() == before.keys()
     assert not torch.equal(model.fc7[0].weight, before["fc7.0.weight"])

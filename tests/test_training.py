@@ -900,6 +900,18 @@ def test_synchronised_norms_do_not_stay(tmp_path: Path, monkeypatch: pytest.Monk
         assert torch.equal(norm.running_mean, before[name][1] + 2)
 
 
+@pytest.mark.parametrize(
+    ("group", "travels_by"),
+    [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu")],
+)
+def test_messages_travel_by_what_the_group_has(
+    group: str, travels_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who starts processes by hand may have chosen NCCL alone, which sends no CPU tensors."""
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: group)
+    assert hardware.message_device(torch.device("cuda", 1)).type == travels_by
+
+
 def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """By its number on this machine: two machines of four GPUs each have eight ranks."""
     assert hardware.default_device() == torch.device("cpu") or torch.cuda.is_available()
@@ -910,7 +922,8 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("LOCAL_RANK", local)
         assert hardware.default_device() == torch.device("cuda", expected)
     monkeypatch.delenv("LOCAL_RANK")
-    assert hardware.default_device() == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)  # by torch.cuda.set_device
+    assert hardware.default_device() == torch.device("cuda", 2)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")

@@ -114,6 +114,26 @@ def test_they_compile_for_gpus(architecture: int, tmp_path, monkeypatch) -> None
         assert triton.compile(source, target=target).asm["cubin"]
 
 
+def test_channels_last_maps_move_many_bytes_at_a_time(tmp_path, monkeypatch) -> None:
+    """Triton is told what 16 divides, and reads and writes 16 bytes in one instruction."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = pytest.importorskip("deconvnet.triton_kernels")._pool_kernel
+    assert "length" not in {p.name for p in kernel.params if p.do_not_specialize}
+    names = kernel.arg_names
+    numbers = ("rows", "length", "height", "width", "h", "inner")
+    signature = {
+        **dict.fromkeys(("x", "pooled"), "*bf16"),
+        "switches": "*u8",
+        **dict.fromkeys(numbers, "i32"),
+        **dict.fromkeys(("tall", "wide"), "constexpr"),
+    }
+    divisible = ("x", "pooled", "switches", "length", "inner")
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = triton.compiler.ASTSource(kernel, signature, {"tall": 1, "wide": 1024}, hints)
+    code = triton.compile(source, target=compiler.GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert "ld.global.v4.b32" in code and "st.global.v4.b32" in code
+
+
 def test_they_are_tried_out_before_they_are_used(
     interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

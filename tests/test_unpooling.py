@@ -282,7 +282,7 @@ def test_cuda_equals_cpu(dtype):
     torch.use_deterministic_algorithms(True)
     try:
         for device in ("cpu", "cuda"):
-            moved = x.to(device).requires_grad_()
+            moved = x.detach().clone().to(device).requires_grad_()
             pooled, switches = max_pool2d_with_switches(moved)
             unpooled = unpool2d(pooled * 2, switches, (9, 8))
             unpooled.sum().backward()
