@@ -236,11 +236,45 @@ class SparseMatrix:
             self.columns.to(device), self.weights.to(device, dtype), self.starts.to(device)
         )
 
+    def in_pieces(self, longest: int) -> MatrixInPieces:
+        """The same matrix for GPUs, where a single thread adds up a row, however long it is.
+
+        Args:
+            longest: entries in a piece of a row, at most.
+        """
+        entries = self.starts.diff()
+        pieces = (entries + longest - 1) // longest  # of each row
+        starts = F.pad(pieces.cumsum(0, dtype=torch.int32), (1, 0))
+        number = torch.arange(int(starts[-1]), dtype=torch.int32, device=starts.device)
+        row = torch.arange(self.rows, device=starts.device).repeat_interleave(pieces)
+        begin = self.starts[row] + (number - starts[row]) * longest
+        ones = torch.ones_like(number, dtype=self.weights.dtype)
+        return MatrixInPieces(
+            replace(self, starts=torch.cat([begin, self.starts[-1:]])),
+            SparseMatrix(number, ones, starts),
+        )
+
     def for_every_row(self, rows: int, length: int) -> SparseMatrix:
         """The same matrix for each of an image's rows, which have ``length`` values."""
         first = length * torch.arange(rows, dtype=torch.int32)[:, None]
         columns = (first + self.columns).view(rows * self.rows, -1)
         return SparseMatrix.from_rows(columns, self.weights.repeat(rows).view_as(columns))
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixInPieces:
+    """A sparse matrix as two: one adds up pieces of rows, the other pieces to rows."""
+
+    pieces: SparseMatrix
+    rows: SparseMatrix
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The product with ``values``, as :meth:`SparseMatrix.__call__`."""
+        return self.rows(self.pieces(values))
+
+    def times_columns(self, factors: Tensor) -> MatrixInPieces:
+        """The matrix with every column multiplied by its factor."""
+        return replace(self, pieces=self.pieces.times_columns(factors))
 
 
 @lru_cache(maxsize=4)  # pictures of one size come one after the other

@@ -29,6 +29,8 @@ MIN_ALONE = 0.25  # share of isolated points from which leaving them out saves t
 
 COMPILED_FROM = 2**13  # vertices; fewer are not worth loading compiled code
 
+GPU_ROW = 64  # points at a vertex that one of a GPU's threads adds up; there may be thousands
+
 # glibc returns larger blocks to the system at once, and fresh pages cost more than the arithmetic.
 MAX_BUFFER_BYTES = 2**25 - 2**16
 
@@ -216,7 +218,10 @@ class PermutohedralLattice:
         # The last vertex stands for all that are missing: no point touches it.
         starts = F.pad(starts, (0, 2), value=len(origin)).int()
         touching = self.weights.flatten().index_select(0, origin)
+        self._starts = starts
         self._to_vertices = SparseMatrix(origin.int() // side, touching, starts)
+        if features.is_cuda:
+            self._to_vertices = self._to_vertices.in_pieces(GPU_ROW)
         self._to_points = SparseMatrix.from_rows(self.corners, self.weights)
         halves = features.new_tensor([0.5, 1, 0.5]).repeat(self.num_vertices + 1, 1)
         step = SparseMatrix.from_rows(self.neighbours[0], halves)
@@ -234,7 +239,7 @@ class PermutohedralLattice:
 
     def points_at_vertices(self) -> Tensor:
         """How many points touch each vertex: int32 ``[M]``."""
-        return self._to_vertices.starts[:-1].diff()
+        return self._starts[:-1].diff()
 
     def alone(self) -> Tensor:
         """Points that exchange no weight with any other point: bool ``[N]``.

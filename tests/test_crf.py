@@ -262,6 +262,24 @@ def test_sparse_matrix_with_rows_of_any_length():
     assert torch.equal(matrix(torch.eye(3)), dense)
 
 
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any),
+    longest=st.integers(1, 12),
+)
+def test_sparse_matrix_in_pieces_is_the_same_matrix(lengths, longest):
+    """Rows without entries, as long as a piece, and of many pieces."""
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    columns = torch.randint(5, (sum(lengths),), dtype=torch.int32)
+    matrix = SparseMatrix(columns, torch.rand(len(columns), dtype=torch.float64), starts)
+    values, factors = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    pieces = matrix.in_pieces(longest)
+    assert pieces.pieces.starts.diff().max() <= longest
+    torch.testing.assert_close(pieces(values), matrix(values))
+    scaled = matrix.times_columns(factors)
+    torch.testing.assert_close(pieces.times_columns(factors)(values), scaled(values))
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_exact_filter_sums_in_blocks(monkeypatch, kept):
     monkeypatch.setattr("deconvnet.gaussian.MAX_EXACT_PIXELS", 10_000 if kept else 0)
