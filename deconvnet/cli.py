@@ -26,7 +26,9 @@ from deconvnet.files import atomic_write, file_digest, sole_use
 from deconvnet.folders import open_dataset
 from deconvnet.hardware import default_device, join_processes, keep_memory
 from deconvnet.inference import InferenceConfig, Predictor
+from deconvnet.instances import CropDataset, NoExamples
 from deconvnet.plotting import overlay, show_prediction
+from deconvnet.pretraining import ClassifiedCrops
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, compute_proposals, edge_boxes
 from deconvnet.shapes import TRAIN_SCENES, VAL_SCENES, make_scene, write_shapes
 from deconvnet.training import StageConfig, TrainingDiverged
@@ -327,19 +329,22 @@ def _train(options: argparse.Namespace, first: bool) -> None:
     dataset = open_dataset(options.data, options.split, limit=options.limit, **kept)
     validation = open_dataset(options.data, options.val_split, limit=128, **kept)
     model = None if start is None else _network_from(options, recipe, start, dataset)
-    crops, checks = (
-        recipes.stage_crops(
-            recipe,
-            options.stage,
-            data,
-            _proposals(data, recipe.edge_boxes, options.proposals, options)
-            if options.stage == "2"
-            else None,
-            training,
-            options.seed,
-        )
-        for data, training in ((dataset, True), (validation, False))
-    )
+
+    def examples(data: VOCDataset, training: bool) -> CropDataset | ClassifiedCrops:
+        boxes = None
+        if options.stage == "2":
+            boxes = _proposals(data, recipe.edge_boxes, options.proposals, options)
+        return recipes.stage_crops(recipe, options.stage, data, boxes, training, options.seed)
+
+    crops = examples(dataset, training=True)
+    try:
+        checks = examples(validation, training=False)
+    except NoExamples as problem:
+        if settings.schedule == "plateau":  # which lives by validation
+            raise
+        checks = None
+        if first:
+            print(f"deconvnet: training goes without validation: {problem}", file=sys.stderr)
     if model is None:
         calibrates = recipe.calibrate and options.vgg16 is not None
         calibration = recipes.calibration_crops(crops) if calibrates else None

@@ -241,6 +241,10 @@ def isolate_object(sample: Sample, k: int) -> Tensor:
     return torch.from_numpy(labels * keep)
 
 
+class NoExamples(ValueError):
+    """Nothing in a data set is an example for a stage."""
+
+
 class CropDataset(Dataset, ABC):
     """What the four datasets share: augmentation that only the seed, example and draw decide.
 
@@ -303,7 +307,7 @@ class Stage1Dataset(CropDataset):
     Source: the paper's two-stage training.
 
     Raises:
-        ValueError: If the data set has no annotated object.
+        NoExamples: If the data set has no annotated object.
     """
 
     def __init__(
@@ -317,7 +321,7 @@ class Stage1Dataset(CropDataset):
             if not annotation.difficult
         ]
         if not found:
-            raise ValueError(
+            raise NoExamples(
                 f"{dataset.root}: expected annotated objects in split {dataset.split!r}, its "
                 f"{len(dataset)} images have none"
             )
@@ -347,7 +351,8 @@ class Stage2Dataset(CropDataset):
         max_per_image: Keep only so many examples of an image, those of the highest scores.
 
     Raises:
-        ValueError: If there are not as many proposals as images, or none overlaps an object.
+        ValueError: If there are not as many proposals as images.
+        NoExamples: If none of them overlaps an object.
     """
 
     def __init__(
@@ -376,9 +381,9 @@ class Stage2Dataset(CropDataset):
             boxes.append(candidates[chosen])
             labels.append(torch.tensor([a.label for a in objects])[best[chosen]])
         if not sum(map(len, images)):
-            raise ValueError(
-                f"no proposal reaches an IoU of {self.config.min_overlap} with an annotated "
-                f"object in the {len(dataset)} images"
+            raise NoExamples(
+                f"{dataset.root}: no proposal reaches an IoU of {self.config.min_overlap} with an "
+                f"annotated object in split {dataset.split!r}, of {len(dataset)} images"
             )
         self.images = torch.cat(images)
         self.boxes = torch.cat(boxes)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from deconvnet import cli, proposals, recipes, training, voc, weights
 from deconvnet.cli import main
+from deconvnet.evaluation import read_log
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.inference import Predictor
 from deconvnet.instances import balanced_indices
@@ -490,6 +491,22 @@ def test_train_bad_input(
     assert "not allowed with" in refused(capsys, *command, "--init", "a", "--vgg16", "b")
     assert "invalid choice: '3'" in refused(capsys, *command, "--stage", 3)
     assert not out.exists()
+
+
+@pytest.mark.usefixtures("small_training")
+def test_a_validation_split_without_objects_stops_nobody(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(shapes_root, data)
+    for path in (data / "Annotations").glob("val_*.xml"):
+        path.unlink()
+    assert main(train(data, out, "--iterations", 1)) == 0
+    said = capsys.readouterr().err
+    assert "training goes without validation" in said and "split 'val'" in said
+    assert read_log(out / "log.csv")[-1]["validation"] is None
+    message = fails(capsys, *train(data, tmp_path / "other", "--split", "val"))
+    assert "expected annotated objects in split 'val'" in message
 
 
 def test_a_frozen_encoder_must_have_learned(
