@@ -131,7 +131,11 @@ def parser() -> argparse.ArgumentParser:
         "--data data/mine --stage 2 --init shapes-deconvnet --new-classes --out runs/mine",
     )
     _add_data(sub, split="train")
-    sub.add_argument("--val-split", default="val", help="split whose crop loss is logged (val)")
+    sub.add_argument(
+        "--val-split",
+        default="val",
+        help="split whose crop loss is logged, if it has objects (val)",
+    )
     _add_recipe(sub, f"sizes and settings ({LEARNING_RECIPE})")
     sub.add_argument("--stage", choices=recipes.STAGES, default="1")
     sub.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log, weights")

@@ -279,9 +279,9 @@ def pairwise_kernels(
         method = "exact"
     if weights is not None or config.gaussian_weight:
         sigma = config.gaussian_sigma
-        if method == "exact":
+        if method == "exact" and max(size) <= MAX_EXACT_PIXELS:
             add(ExactGrid(*size, sigma, ones.dtype, ones.device), gaussian_weight)
-        elif method == "original":
+        elif method in ("exact", "original"):
             positions = position_features(*size, sigma).to(ones)
             add(_filter(method, positions), gaussian_weight)
         else:

@@ -1,7 +1,8 @@
 """The same network, faster: what can be rearranged once nothing is learned any more.
 
 The network that the book teaches stays plain. Before it is used, :func:`prepare_for_inference`
-rewrites a copy of it by seven rules, none of which changes what it computes but for rounding:
+rewrites a copy of it by seven rules, none of which changes what it computes but for rounding (which
+may move a few switches):
 
 1. *Batch norm is folded.* With fixed statistics it scales and shifts each channel, and so do the
    convolution's own weights and bias.
@@ -71,17 +72,19 @@ def prepare_for_inference(
         encoder_dtype: What a DeconvNet's encoder and score layer compute in. By default ``dtype``
             on a GPU and at least ``float32`` on a CPU. That costs little where 16 bits are
             multiplied twice as fast as 32, and half of the speed where there are matrix units.
+            With ``same_switches`` it is ``model``'s own.
         rules: 3, 4 or 5 leaves out the rules from the next to 6, to see what each is worth.
         same_switches: Whether a DeconvNet's encoder chooses the very switches that ``model`` does.
             Rules 1, 5 and 7 then leave it alone, so that its sums keep their order; on a CPU that
             takes about half as long again. It holds as far as the library's convolutions round
-            alike in every layout and number of crops, as those for x86 processors do.
+            alike in every layout and number of crops, as those for x86 processors do. A network
+            without switches is prepared as ever.
 
     Returns:
         A network that is called as ``model`` is, in evaluation mode, channels-last, without
         gradients; not under autocast, since its layers have their precision already. In float32
-        its scores are ``model``'s but for rounding. A DeconvNet's come back in ``encoder_dtype``,
-        an FCN's in ``dtype``.
+        its scores are ``model``'s but for rounding, and but for what a rounding does that moves a
+        switch. A DeconvNet's come back in ``encoder_dtype``, an FCN's in ``dtype``.
 
     Raises:
         TypeError: A dtype is not floating.
@@ -127,7 +130,8 @@ def prepare_for_inference(
             part.to(part_dtype, memory_format=torch.channels_last)
     if compiled:
         _fuse_relu(fast)
-    fast.normalise = nn.Sequential(fast.normalise.float(), CastTo(encoder_dtype))
+    normalise = fast.normalise if untouched else fast.normalise.float()
+    fast.normalise = nn.Sequential(normalise, CastTo(encoder_dtype))
     if isinstance(fast, DeconvNet):
         fast.fc6.insert(0, CastTo(dtype))
         fast.score = nn.Sequential(CastTo(encoder_dtype), fast.score)

@@ -1,6 +1,6 @@
 """Sums with a Gaussian kernel: over all pairs of points, and fast on the pixel grid.
 
-Both filters return ``sum_j exp(-0.5 * ||f_i - f_j||^2) * values_j``. In more dimensions, or off the
+All filters return ``sum_j exp(-0.5 * ||f_i - f_j||^2) * values_j``. In more dimensions, or off the
 grid, :mod:`deconvnet.permutohedral` does the same.
 """
 
@@ -63,7 +63,7 @@ class ExactGrid:
     """The Gaussian kernel on a pixel grid, over all pairs of pixels all the same.
 
     There it is a product of one kernel along columns and one along rows, so that a sum over all
-    pixels is a sum over a column's, and then over a row's.
+    pixels is a sum over a column's, and then over a row's. It keeps both as matrices.
 
     Args:
         height: image height in pixels.
@@ -266,18 +266,18 @@ class MatrixInPieces:
     """A sparse matrix as two: one adds up pieces of rows, the other pieces to rows."""
 
     pieces: SparseMatrix
-    rows: SparseMatrix
+    joined: SparseMatrix
 
     def __call__(self, values: Tensor) -> Tensor:
         """The product with ``values``, as :meth:`SparseMatrix.__call__`."""
-        return self.rows(self.pieces(values))
+        return self.joined(self.pieces(values))
 
     def times_columns(self, factors: Tensor) -> MatrixInPieces:
         """The matrix with every column multiplied by its factor."""
         return replace(self, pieces=self.pieces.times_columns(factors))
 
 
-@lru_cache(maxsize=4)  # pictures of one size come one after the other
+@lru_cache(maxsize=1)  # pictures of one size come one after the other
 def _down_and_up_again(
     height: int, width: int, sigma: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[SparseMatrix, ...]:

@@ -153,6 +153,8 @@ def aggregate_proposals(
         batch = selected[start : start + config.batch_size]
         scores = _run(model, cut_crops(image, batch, size), config.precision).contiguous()
         finite.append(scores.isfinite().all())
+        if on_proposal is not None or not scores.is_cuda:
+            _check_finite(finite)  # else at the end, since the look waits for the GPU
         for i, (box, crop_scores) in enumerate(zip(batch, scores), start):
             canvas.paste(box, crop_scores)
             if on_proposal is not None:
@@ -268,7 +270,8 @@ class Predictor:
             compute in the networks' place: the same scores but for rounding, sooner.
 
     Raises:
-        ValueError: No network is given, or the two disagree about the number of classes.
+        ValueError: No network is given, the two disagree about the number of classes, or one was
+            prepared for another kind of device.
 
     Example:
         ::
@@ -306,6 +309,12 @@ class Predictor:
 
         self.device = default_device() if device is None else torch.device(device)
         for network in networks:
+            prepared_on = next(network.parameters(), torch.empty(0)).device.type
+            if getattr(network, "prepared", False) and prepared_on != self.device.type:
+                raise ValueError(
+                    f"the network was prepared for a {prepared_on}; prepare the one that was "
+                    f"trained on the {self.device.type} where it is to compute"
+                )
             network.to(self.device, memory_format=torch.channels_last).eval()
         self.deconvnet, self.fcn = deconvnet, fcn
         self.config, self.edge_boxes, self.crf = config, edge_boxes, crf
@@ -531,7 +540,7 @@ def _run(model: nn.Module, images: Tensor, precision: str) -> Tensor:
 
 
 def _check_finite(answers: list[Tensor]) -> None:
-    """Looks at what ``isfinite().all()`` said: once an image, since the look waits for a GPU."""
+    """Refuses scores of which one ``isfinite().all()`` was false."""
     if answers and not torch.stack(answers).all():
         raise ValueError(
             "the network gave scores that are not finite: its weights are damaged, or overflow in "

@@ -257,6 +257,10 @@ def stage_crops(
         proposals: For stage 2, one entry an image.
         training: Random crops and mirroring; else the centre crop.
         seed: Of the augmentation.
+
+    Raises:
+        ValueError: There is no such stage, or stage 2 has no proposals.
+        NoExamples: No object, or no proposal that meets one, is there for stages that need it.
     """
     _check_stage(stage)
     config = replace(recipe.instances, seed=seed)

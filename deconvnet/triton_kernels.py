@@ -23,6 +23,8 @@ from torch import Tensor
 
 from deconvnet.unpooling import _bits, _empty, _find, _layout, _put, _take
 
+_DTYPES = torch.float32, torch.bfloat16, torch.float16  # in which they are tried out
+
 TILE = 1024
 """Values of the pooled map that one program takes; a power of two."""
 
@@ -84,16 +86,17 @@ def try_out(device: torch.device) -> None:
         Exception: Whatever Triton raises where it cannot compile or run them.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 9, 34, generator=generator, device="cpu")
-    x = x.mul(2).round()  # many are equal
-    x[:, :, ::4, ::3] = math.nan
+    odd, even = (2, 3, 9, 34), (1, 16, 4, 32)  # 16 divides rows of the second: other machine code
+    kinds = (odd, torch.float32), *((even, d) for d in _DTYPES)
     layouts = torch.contiguous_format, torch.channels_last
-    dtypes = torch.float32, torch.bfloat16, torch.float16
-    for layout, dtype in itertools.product(layouts, dtypes):
+    for layout, (shape, dtype) in itertools.product(layouts, kinds):
+        x = torch.randn(shape, generator=generator, device="cpu")
+        x = x.mul(2).round()  # many are equal
+        x[:, :, ::4, ::3] = math.nan
         large = x.to(device, dtype).contiguous(memory_format=layout)
         pooled, switches = _find(large, 2)
-        found = *max_pool(large), unpool(pooled, switches, (9, 34)), gather(large, switches)
-        unpooled = _put(pooled, switches, (9, 34), 2)
+        found = *max_pool(large), unpool(pooled, switches, shape[2:]), gather(large, switches)
+        unpooled = _put(pooled, switches, shape[2:], 2)
         expected = pooled, switches, unpooled, _take(large, switches, 2)
         for ours, theirs in zip(found, expected):
             if not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):

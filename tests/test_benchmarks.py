@@ -30,7 +30,8 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
     )
 
 
@@ -49,7 +50,7 @@ def test_network() -> None:
     assert accuracy["float32"]["same_switches"]["relative_error"] < 1e-4
     exact = accuracy["float32, same switches"]
     assert exact["relative_error"] < 1e-4
-    assert exact["switches_moved"] == 0
+    assert exact["switches_moved"] < 1e-6
 
 
 def test_network_that_has_learned(shapes_root: Path) -> None:

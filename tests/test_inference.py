@@ -627,6 +627,13 @@ def test_predictor_computes_with_prepared_copies():
     assert (actual.labels == expected.labels).float().mean() > 0.999
 
 
+def test_a_network_prepared_for_another_device_is_refused():
+    network = prepare_for_inference(DeconvNet(ModelConfig.tiny(3)))
+    assert Predictor(network, device="cpu").deconvnet is network
+    with pytest.raises(ValueError, match="prepared for a cpu.*on the meta"):
+        Predictor(network, device="meta")
+
+
 def test_prepared_copies_follow_the_weights():
     model = DeconvNet(ModelConfig.tiny(3))
     predictor = Predictor(model, edge_boxes=None, crf=None, device="cpu")
