@@ -424,3 +424,18 @@ def test_a_grids_points_lie_in_the_originals_simplices(sigma):
         corner.scatter_add_(0, pays[None], torch.full_like(pays[None], -3))
     expected = embedding(2) @ features.T.double()
     torch.testing.assert_close(point.double(), expected, atol=1e-3, rtol=1e-5)
+
+
+def test_labels_that_are_filtered_in_parts_are_filtered_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a lattice of many vertices has many labels."""
+    lattice = PermutohedralLattice(random_points(50, 3, 1.0))
+    values = torch.rand(50, 7, dtype=torch.float64)
+    expected = lattice(values)
+    seen = []
+    splat = lattice.splat
+    monkeypatch.setattr(lattice, "splat", lambda part: seen.append(part.shape[1]) or splat(part))
+    monkeypatch.setattr(permutohedral, "MAX_BUFFER_BYTES", 3 * 8 * (lattice.num_vertices + 1))
+    torch.testing.assert_close(lattice(values), expected)
+    assert seen == [3, 2, 2]
