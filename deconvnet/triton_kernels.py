@@ -23,8 +23,6 @@ from torch import Tensor
 
 from deconvnet.unpooling import _bits, _empty, _find, _layout, _put, _take
 
-_DTYPES = torch.float32, torch.bfloat16, torch.float16  # in which they are tried out
-
 TILE = 1024
 """Values of the pooled map that one program takes; a power of two."""
 
@@ -86,10 +84,10 @@ def try_out(device: torch.device) -> None:
         Exception: Whatever Triton raises where it cannot compile or run them.
     """
     generator = torch.Generator().manual_seed(0)
-    odd, even = (2, 3, 9, 34), (1, 16, 4, 32)  # 16 divides rows of the second: other machine code
-    kinds = (odd, torch.float32), *((even, d) for d in _DTYPES)
+    shapes = (2, 3, 9, 34), (1, 16, 4, 32)  # 16 divides rows of the second: other machine code
     layouts = torch.contiguous_format, torch.channels_last
-    for layout, (shape, dtype) in itertools.product(layouts, kinds):
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for shape, layout, dtype in itertools.product(shapes, layouts, dtypes):
         x = torch.randn(shape, generator=generator, device="cpu")
         x = x.mul(2).round()  # many are equal
         x[:, :, ::4, ::3] = math.nan

