@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.gaussian import (
+    LABELS_AT_ONCE,
     MAX_EXACT_PIXELS,
     NEGLIGIBLE,
     ExactFilter,
@@ -36,7 +37,7 @@ from deconvnet.permutohedral import PermutohedralLattice, lattice_filter
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 METHODS = ("auto", "exact", "lattice", "original")
-SHORT_ROW = 16  # PyTorch on a CPU is slow at row by row operations on fewer labels
+SHORT_ROW = 16  # PyTorch on a CPU is slow at row by row operations on fewer, if not just 8, labels
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -327,38 +328,42 @@ def mean_field(
     """
     _check_maps("unary", unary)
     labels, height, width = unary.shape
-    logits = -unary.flatten(1).T.contiguous()  # pixels first: a filter reads a pixel at a time
+    logits = -unary.flatten(1).T  # pixels first: a filter reads a pixel at a time
+    if unary.device.type == "cpu":  # labels that nobody believes in
+        logits = F.pad(logits, (0, -labels % LABELS_AT_ONCE), value=-math.inf)
+    logits = logits.contiguous()
     with torch.autocast(unary.device.type, enabled=False):  # iterations add up their rounding
         beliefs = _softmax(logits)
         for iteration in range(iterations + 1):
             if iteration > 0:
-                _drop_negligible(beliefs)  # what is too small to matter, but makes messages slow
+                _drop_negligible(beliefs, labels)  # too small to matter, but messages get slow
                 evidence = logits
                 for kernel in kernels:
                     evidence = kernel.message(beliefs).add_(evidence)
                 beliefs = _softmax(evidence)
             if on_iteration is not None:
-                on_iteration(iteration, beliefs.T.reshape(labels, height, width))
+                on_iteration(iteration, beliefs[:, :labels].T.reshape(labels, height, width))
     # PyTorch's cross entropy has no gradient for transposed maps.
-    return beliefs.T.contiguous().view(labels, height, width)
+    return beliefs[:, :labels].T.contiguous().view(labels, height, width)
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    short = logits.shape[1] < SHORT_ROW and logits.device.type == "cpu"
+    labels = logits.shape[1]
+    short = labels < SHORT_ROW and labels != LABELS_AT_ONCE and logits.device.type == "cpu"
     if short and not logits.requires_grad:
         beliefs = logits.clamp(min=-80).exp_()  # stays clear of the end of float32's range
-        total = beliefs @ beliefs.new_ones(logits.shape[1], 1)
+        total = beliefs @ beliefs.new_ones(labels, 1)
         low, high = total.aminmax()
         if low > 1e-4 and high < math.inf:  # what was clamped is negligible
             return beliefs.div_(total)
     return logits.softmax(dim=1)
 
 
-def _drop_negligible(beliefs: Tensor) -> None:
+def _drop_negligible(beliefs: Tensor, labels: int) -> None:
     """Sets to 0 what would make messages slow; a sample of the pixels tells if there is any."""
     if beliefs.dtype != torch.float32 or beliefs.requires_grad or beliefs.device.type != "cpu":
         return
-    if beliefs[::64].amin() < NEGLIGIBLE:
+    if beliefs[::256, :labels].amin() < NEGLIGIBLE:
         F.threshold_(beliefs, NEGLIGIBLE, 0.0)
 
 

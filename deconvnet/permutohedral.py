@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.gaussian import Filter, LinearFilter, SparseMatrix
+from deconvnet.gaussian import LABELS_AT_ONCE, Filter, LinearFilter, SparseMatrix
 from deconvnet.hardware import compiled_kernels
 
 MIN_ALONE = 0.25  # share of isolated points from which leaving them out saves time
@@ -219,7 +219,8 @@ class PermutohedralLattice:
         starts = F.pad(starts, (0, 2), value=len(origin)).int()
         touching = self.weights.flatten().index_select(0, origin)
         self._starts = starts
-        self._to_vertices = SparseMatrix(origin.int() // side, touching, starts)
+        points = (origin.double() / side).int()  # no processor divides integers side by side
+        self._to_vertices = SparseMatrix(points, touching, starts)
         if features.is_cuda:
             self._to_vertices = self._to_vertices.in_pieces(GPU_ROW)
         self._to_points = SparseMatrix.from_rows(self.corners, self.weights)
@@ -294,17 +295,15 @@ class PermutohedralLattice:
 
     def _filter(self, values: Tensor, backwards: bool = False) -> Tensor:
         bytes_a_label = (self.num_vertices + 1) * values.element_size()
-        labels = max(1, MAX_BUFFER_BYTES // bytes_a_label)
-        parts = 1 if values.is_cuda else math.ceil(values.shape[1] / labels)
-        if parts == 1:
-            return self.slice(self.blur(self.splat(values), backwards))
-        return torch.cat(
-            [
-                self.slice(self.blur(self.splat(part.contiguous()), backwards))
-                for part in values.tensor_split(parts, dim=1)
-            ],
-            dim=1,
-        )
+        labels = values.shape[1]
+        if not values.is_cuda:
+            parts = math.ceil(labels / max(1, MAX_BUFFER_BYTES // bytes_a_label))
+            labels = math.ceil(labels / parts / LABELS_AT_ONCE) * LABELS_AT_ONCE
+        sums = [
+            self.slice(self.blur(self.splat(part.contiguous()), backwards))
+            for part in values.split(labels, dim=1)
+        ]
+        return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
 
 
 class ThinnedLattice:

@@ -729,7 +729,7 @@ def test_beliefs_near_the_end_of_float32s_range_are_not_sent():
 
     class Listener:
         def message(self, beliefs):
-            sent.append(beliefs.clone())
+            sent.append(beliefs[:, :21].clone())  # behind them, none or more that nobody asked for
             return torch.zeros_like(beliefs)
 
     for dtype in (torch.float32, torch.float64):
@@ -741,7 +741,8 @@ def test_beliefs_near_the_end_of_float32s_range_are_not_sent():
     assert (sent[1] > 0).all()  # of float64's range they are in the middle
 
 
-def test_short_rows_make_no_numbers_near_the_end_of_float32s_range():
+def test_short_rows_make_no_numbers_near_the_end_of_float32s_range(monkeypatch):
+    monkeypatch.setattr("deconvnet.crf.LABELS_AT_ONCE", 1)  # or there are no short rows
     unary = torch.tensor([0.0, 40.0, 95.0])[:, None, None].expand(-1, 9, 9)
     beliefs = mean_field(unary, [], 0)
     assert beliefs.amin() > torch.finfo(torch.float32).tiny
@@ -765,8 +766,10 @@ def test_exact_sums_leave_out_what_is_near_the_end_of_float32s_range():
     torch.testing.assert_close(rows.double(), exact, rtol=1e-4, atol=1e-29)
 
 
+@pytest.mark.parametrize("at_once", [1, 8])
 @pytest.mark.parametrize("labels", [2, 15, 16, 21])
-def test_beliefs_of_any_number_of_labels_are_the_softmax(labels):
+def test_beliefs_of_any_number_of_labels_are_the_softmax(labels, at_once, monkeypatch):
+    monkeypatch.setattr("deconvnet.crf.LABELS_AT_ONCE", at_once)
     unary = 30 * torch.rand(labels, 6, 7, generator=torch.Generator().manual_seed(0))
     for scale in (1, -1, 100, -100):  # exponentials of the last two leave float32
         expected = (-scale * unary).softmax(dim=0)
@@ -776,3 +779,24 @@ def test_beliefs_of_any_number_of_labels_are_the_softmax(labels):
         )
         learnt = (scale * unary).requires_grad_()
         torch.testing.assert_close(mean_field(learnt, [], 1), expected)
+
+
+@pytest.mark.parametrize("labels", [1, 2, 8, 11])
+def test_labels_beside_those_asked_for_change_nothing(labels, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (3, 7, 9), dtype=torch.uint8, generator=generator)
+    probabilities = torch.rand(labels, 7, 9, generator=generator).softmax(dim=0)
+    answers = []
+    for at_once in (1, 8):
+        monkeypatch.setattr("deconvnet.crf.LABELS_AT_ONCE", at_once)
+        unary = unary_from_probabilities(probabilities).requires_grad_()
+        weights = torch.tensor([3.0, 5.0], requires_grad=True)
+        seen = {}
+        learnt = mean_field(unary, pairwise_kernels(image, WIDE, "lattice", weights=weights), 2)
+        learnt.square().sum().backward()
+        refined = dense_crf(image, probabilities, WIDE, "lattice", seen.__setitem__)
+        answers.append(
+            [refined, learnt.detach(), unary.grad, weights.grad, torch.stack([*seen.values()])]
+        )
+    for one, other in zip(*answers):
+        torch.testing.assert_close(one, other)

@@ -426,8 +426,9 @@ def test_a_grids_points_lie_in_the_originals_simplices(sigma):
     torch.testing.assert_close(point.double(), expected, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("at_once", "sizes"), [(1, [3, 3, 1]), (2, [4, 3]), (8, [7])])
 def test_labels_that_are_filtered_in_parts_are_filtered_alike(
-    monkeypatch: pytest.MonkeyPatch,
+    at_once: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a lattice of many vertices has many labels."""
     lattice = PermutohedralLattice(random_points(50, 3, 1.0))
@@ -436,6 +437,7 @@ def test_labels_that_are_filtered_in_parts_are_filtered_alike(
     seen = []
     splat = lattice.splat
     monkeypatch.setattr(lattice, "splat", lambda part: seen.append(part.shape[1]) or splat(part))
+    monkeypatch.setattr(permutohedral, "LABELS_AT_ONCE", at_once)
     monkeypatch.setattr(permutohedral, "MAX_BUFFER_BYTES", 3 * 8 * (lattice.num_vertices + 1))
     torch.testing.assert_close(lattice(values), expected)
-    assert seen == [3, 2, 2]
+    assert seen == sizes
