@@ -328,10 +328,7 @@ def mean_field(
     """
     _check_maps("unary", unary)
     labels, height, width = unary.shape
-    logits = -unary.flatten(1).T  # pixels first: a filter reads a pixel at a time
-    if unary.device.type == "cpu":  # labels that nobody believes in
-        logits = F.pad(logits, (0, -labels % LABELS_AT_ONCE), value=-math.inf)
-    logits = logits.contiguous()
+    logits = _pixels_first(-unary)  # a filter reads a pixel at a time
     with torch.autocast(unary.device.type, enabled=False):  # iterations add up their rounding
         beliefs = _softmax(logits)
         for iteration in range(iterations + 1):
@@ -345,6 +342,14 @@ def mean_field(
                 on_iteration(iteration, beliefs[:, :labels].T.reshape(labels, height, width))
     # PyTorch's cross entropy has no gradient for transposed maps.
     return beliefs[:, :labels].T.contiguous().view(labels, height, width)
+
+
+def _pixels_first(logits: Tensor) -> Tensor:
+    """``[C, H, W]`` as ``[H * W, C]``, with labels that nobody believes in if that saves time."""
+    by_pixel = logits.flatten(1).T
+    if logits.device.type == "cpu":
+        by_pixel = F.pad(by_pixel, (0, -len(logits) % LABELS_AT_ONCE), value=-math.inf)
+    return by_pixel.contiguous()
 
 
 def _softmax(logits: Tensor) -> Tensor:
