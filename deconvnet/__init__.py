@@ -13,15 +13,20 @@ except ImportError as error:
         "apt-get install libgl1 libglib2.0-0"
     ) from error
 
+from deconvnet.crf import CRFConfig
 from deconvnet.fcn import FCN8s, FCNConfig
 from deconvnet.inference import InferenceConfig, Prediction, Predictor
 from deconvnet.model import DeconvNet, ModelConfig, deconvnet_tiny, deconvnet_vgg16
+from deconvnet.proposals import EdgeBoxesConfig
+from deconvnet.voc import read_image, write_label_map
 from deconvnet.weights import load_model, load_vgg16, save_model
 
 __version__ = version("deconvnet")
 
 __all__ = [
+    "CRFConfig",
     "DeconvNet",
+    "EdgeBoxesConfig",
     "FCN8s",
     "FCNConfig",
     "InferenceConfig",
@@ -32,5 +37,7 @@ __all__ = [
     "deconvnet_vgg16",
     "load_model",
     "load_vgg16",
+    "read_image",
     "save_model",
+    "write_label_map",
 ]

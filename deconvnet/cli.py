@@ -23,7 +23,7 @@ from deconvnet.crf import CRFConfig
 from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_labels
 from deconvnet.fcn import FCN8s
 from deconvnet.files import atomic_write, file_digest, sole_use
-from deconvnet.folders import open_dataset
+from deconvnet.folders import FolderDataset, open_dataset
 from deconvnet.hardware import default_device, join_processes, keep_memory
 from deconvnet.inference import InferenceConfig, Predictor
 from deconvnet.instances import CropDataset, NoExamples
@@ -31,7 +31,7 @@ from deconvnet.plotting import overlay, show_prediction
 from deconvnet.pretraining import ClassifiedCrops
 from deconvnet.proposals import EdgeBoxesConfig, Proposals, compute_proposals, edge_boxes
 from deconvnet.shapes import TRAIN_SCENES, VAL_SCENES, make_scene, write_shapes
-from deconvnet.training import StageConfig, TrainingDiverged
+from deconvnet.training import StageConfig, TrainingDiverged, trained_so_far
 from deconvnet.voc import (
     VOCDataset,
     download_sbd,
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     options.owns_process = arguments is None  # it was started for this command
+    was_in_group = dist.is_available() and dist.is_initialized()  # the caller's, then
     try:
         torch.manual_seed(options.seed)
         options.run(options)
@@ -72,13 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = options.command in ("data", "train", "submit") or (
             options.command == "proposals" and options.cache is not None
         )
-        hint = "; the same command goes on from here" if kept else ""
-        if options.command == "train":
-            hint += ", or ends as it is with --iterations no more than were done"
+        restarts = getattr(options, "restart", False)
+        same = "the same command without --restart" if restarts else "the same command"
+        hint = f"; {same} goes on from here" if kept else ""
+        if options.command == "train" and (options.out / "checkpoint.pt").is_file():
+            done, _ = trained_so_far(options.out)
+            hint = f" after {done} iterations{hint}, or ends as it is with --iterations {done}"
         print(f"deconvnet: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     finally:
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized() and not was_in_group:
             dist.destroy_process_group()
     return 0
 
@@ -137,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
         help="split whose crop loss is logged, if it has objects (val)",
     )
     _add_recipe(sub, f"sizes and settings ({LEARNING_RECIPE})")
-    sub.add_argument("--stage", choices=recipes.STAGES, default="1")
+    sub.add_argument("--stage", choices=recipes.STAGES, default="1", help="what to train (1)")
     sub.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log, weights")
     start = sub.add_mutually_exclusive_group()
     start.add_argument("--init", help="weights to start from: a file, or a shipped name")
@@ -331,6 +335,8 @@ def _train(options: argparse.Namespace, first: bool) -> None:
     # Train at the size at which images will be segmented.
     kept = {"decode_cache": not options.no_cache, "max_side": recipe.inference.max_side}
     dataset = open_dataset(options.data, options.split, limit=options.limit, **kept)
+    if isinstance(dataset, FolderDataset):  # VOC's masks are known to show some
+        dataset.check_classes()
     validation = open_dataset(options.data, options.val_split, limit=128, **kept)
     model = None if start is None else _network_from(options, recipe, start, dataset)
 
@@ -340,6 +346,11 @@ def _train(options: argparse.Namespace, first: bool) -> None:
             boxes = _proposals(data, recipe.edge_boxes, options.proposals, options)
         return recipes.stage_crops(recipe, options.stage, data, boxes, training, options.seed)
 
+    if first and not options.quiet:
+        print(
+            f"{len(dataset)} images to learn from, {len(validation)} to validate with",
+            file=sys.stderr,
+        )
     crops = examples(dataset, training=True)
     try:
         checks = examples(validation, training=False)
@@ -372,27 +383,26 @@ def _train(options: argparse.Namespace, first: bool) -> None:
         progress=progress,
         about=_about(options, dataset),
     )
-    rows = read_log(options.out / "log.csv")
+    iterations, seconds = trained_so_far(options.out)
     # The checkpoint keeps the running averages: the command, given again, comes by here again,
     # and a run that is made longer goes on with them. Every process averages, so none waits.
-    learned = round(rows[-1]["iteration"]) * settings.batch_size
     recipes.finish_stage(
         recipe,
         options.stage,
         model,
         crops,
         settings,
-        seen=learned,
+        seen=iterations * settings.batch_size,
         progress=progress and first,
     )
     if first:
-        path = options.out / "weights.safetensors"
+        path, log = options.out / "weights.safetensors", options.out / "log.csv"
         training = {
             "dataset": options.dataset_name or options.data.resolve().name,
             "images": len(dataset),
-            "iterations": rows[-1]["iteration"],
-            "minutes": round(rows[-1]["seconds"] / 60, 2),
-            "curve": rows,
+            "iterations": iterations,
+            "minutes": round(seconds / 60, 2),
+            "curve": read_log(log) if log.exists() else [],
             **provenance(),
         }
         facts = recipes.facts(options.recipe, options.stage, dataset, options.seed)
@@ -483,7 +493,10 @@ def _network_from(
 
 def run_compress(options: argparse.Namespace) -> None:
     """``deconvnet compress``."""
-    model = load_model(_weights(options.weights))
+    path = _weights(options.weights)
+    if options.out.suffix != ".safetensors" or options.out.resolve() == Path(path).resolve():
+        raise ValueError(f"{options.out}: expected another file than {path}, a .safetensors")
+    model = load_model(path)
     dtype = getattr(torch, options.dtype)
     save_model(model, options.out, model.metadata, dtype, options.encoder_of)
     print(f"{options.out} {options.out.stat().st_size / 1e6:.1f} MB")

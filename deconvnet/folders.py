@@ -18,6 +18,7 @@ the other split is all the rest.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -34,6 +35,7 @@ from deconvnet.voc import (
 
 MIN_OBJECT = 64  # pixels; smaller regions are slips of the brush, not objects to learn from
 VALIDATION_SHARE = 5  # one image of so many
+SYSTEM_FILES = ("Thumbs.db", "desktop.ini")  # which Windows leaves in folders of pictures
 
 
 def open_dataset(root: str | Path, split: str = "train", **options) -> VOCDataset:
@@ -97,12 +99,20 @@ class FolderDataset(VOCDataset):
             if not self._mask_file(name).is_file():
                 raise FileNotFoundError(
                     f"{self._mask_file(name)}: expected the mask of {self._images[name]} there"
+                    + _near_match(self._mask_file(name))
                 )
         self._fill_cache(decode_cache)
-        cached = self._cache or []
-        if decode_cache and not any(((s.labels > 0) & (s.labels < VOID)).any() for s in cached):
+
+    def check_classes(self) -> None:
+        """Refuses to be learned from if no mask of the split shows any class.
+
+        Raises:
+            ValueError: All pixels are background or void.
+        """
+        masks = (self.labels(i) for i in range(len(self)))
+        if not any(((labels > 0) & (labels < VOID)).any() for labels in masks):
             raise ValueError(
-                f"{self.root / 'masks'}: expected pixels of some class in split {split!r}; a "
+                f"{self.root / 'masks'}: expected pixels of some class in split {self.split!r}; a "
                 "pixel's value is its class's line in classes.txt, counted from 0, and 255 is void"
             )
 
@@ -133,6 +143,9 @@ class FolderDataset(VOCDataset):
         if unknown or not names:
             found = f"got {unknown[0]!r}" if unknown else "got an empty file"
             raise ValueError(f"{path}: expected names of images in images, {found}")
+        name, times = Counter(names).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"{path}: expected each name once, got {name!r} {times} times")
         return names
 
     def _image_file(self, name: str) -> Path:
@@ -199,13 +212,21 @@ def find_objects(
     return objects, tuple(annotations)
 
 
+def _near_match(missing: Path) -> str:
+    """Another file that may be the missing one, as a part of a message."""
+    others = missing.parent.iterdir() if missing.parent.is_dir() else ()
+    wanted = missing.stem.casefold()
+    found = sorted(path.name for path in others if path.stem.casefold().startswith(wanted))
+    return f"; there is {found[0]}" if found else ""
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """The files of a folder by their names without suffix."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder of images")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+        if path.is_file() and not path.name.startswith(".") and path.name not in SYSTEM_FILES:
             if path.stem in files:
                 raise ValueError(
                     f"{path}: expected one image of this name, but there is {files[path.stem]}"

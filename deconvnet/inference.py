@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -256,6 +257,9 @@ class Prediction:
 class Predictor:
     """The whole method as one object: image in, label map and all intermediate results out.
 
+    The networks come to its device, into channels-last memory and evaluation mode: whoever trains
+    one of them calls ``train()`` again afterwards.
+
     Args:
         deconvnet: The network that segments proposals; None to use the FCN alone.
         fcn: Its partner in the ensemble; None to do without.
@@ -267,7 +271,8 @@ class Predictor:
         class_names: Names of the classes, the background first; by default those that were
             saved with the weights.
         prepare: Whether copies that :func:`deconvnet.deployment.prepare_for_inference` made
-            compute in the networks' place: the same scores but for rounding, sooner.
+            compute in the networks' place: the same scores but for rounding, sooner. Hooks on the
+            networks need False.
 
     Raises:
         ValueError: No network is given, the two disagree about the number of classes, or one was
@@ -275,6 +280,8 @@ class Predictor:
 
     Example:
         ::
+
+            from deconvnet import Predictor, write_label_map
 
             predictor = Predictor.from_pretrained()
             prediction = predictor("photo.jpg")
@@ -303,7 +310,8 @@ class Predictor:
             )
         if counts[0] > 255:
             raise ValueError(f"label maps hold at most 255 classes, got {counts[0]}")
-        names = class_names or getattr(networks[0], "metadata", {}).get("class_names")
+        saved = _saved_with(networks)
+        names = class_names or saved.get("class_names")
         if names is not None and len(names) != counts[0]:
             raise ValueError(f"got {len(names)} class_names for {counts[0]} classes")
 
@@ -321,7 +329,7 @@ class Predictor:
         self.edge_model = edge_model
         self.prepare, self._prepared = prepare, {}
         self.class_names = None if names is None else tuple(names)
-        colours = getattr(networks[0], "metadata", {}).get("class_colours")
+        colours = saved.get("class_colours")
         self.class_colours = None if colours is None else torch.tensor(colours, dtype=torch.uint8)
 
     @classmethod
@@ -341,8 +349,8 @@ class Predictor:
     ) -> Predictor:
         """Builds a predictor from files that :func:`deconvnet.weights.save_model` wrote.
 
-        The files say how they are meant to be used (crops, proposals, CRF); ``options`` overrule
-        them.
+        The files say how they are meant to be used (crops, proposals, CRF), the first one that
+        does so for both; ``options`` overrule them.
 
         Args:
             deconvnet: Weights of a DeconvNet, or None.
@@ -366,13 +374,14 @@ class Predictor:
                 f"knows {', '.join(known[0])}, and the other {', '.join(known[1])}"
             )
         kinds = {"config": InferenceConfig, "edge_boxes": EdgeBoxesConfig, "crf": CRFConfig}
-        saved = next((n.metadata for n in networks if n is not None), {}).get("settings", {})
+        saved = _saved_with(networks).get("settings", {})
         try:
             settings = {name: kinds[name](**fields) for name, fields in saved.items()}
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{deconvnet or fcn}: its settings are not those of this version ({error}); "
-                "save it again with this version's deconvnet.weights.save_model"
+                f"{deconvnet or fcn}: its settings are not those of this version ({error}); load "
+                'it with deconvnet.load_model, delete model.metadata["settings"], and give '
+                "Predictor the settings that you want"
             ) from error
         return cls(*networks, **(settings | options))
 
@@ -392,9 +401,11 @@ class Predictor:
         Raises:
             FileNotFoundError: There is no such image file.
             TypeError: The image is neither a path nor a ``uint8`` tensor.
-            ValueError: The image or the boxes are malformed, or a network gives scores that
-                are not finite.
+            ValueError: The image or the boxes are malformed, there are boxes but no network for
+                them, or a network gives scores that are not finite.
         """
+        if proposals is not None and self.deconvnet is None:
+            raise ValueError("proposals are for a deconvnet, and this Predictor has none")
         if isinstance(image, (str, os.PathLike)):
             image = read_image(image)
         original = check_image(image).cpu()
@@ -461,6 +472,11 @@ class Predictor:
         if self.config.convention == "release":
             return product_of_scores(found["deconvnet_scores"], found["fcn_scores"])
         return mean_of_probabilities(found["deconvnet_probabilities"], found["fcn_probabilities"])
+
+
+def _saved_with(networks: Iterable[nn.Module | None]) -> Mapping[str, Any]:
+    """What the networks' files say; where several speak, the first one counts."""
+    return ChainMap(*(getattr(n, "metadata", {}) for n in networks))
 
 
 def _signs_of_change(network: nn.Module) -> Iterator[object]:

@@ -348,7 +348,6 @@ class Stage2Dataset(CropDataset):
         proposals: One :class:`~deconvnet.proposals.Proposals` an image.
         config: How boxes become crops.
         train: Random crops and flips; otherwise the centre, never mirrored.
-        max_per_image: Keep only so many examples of an image, those of the highest scores.
 
     Raises:
         ValueError: If there are not as many proposals as images.
@@ -361,22 +360,19 @@ class Stage2Dataset(CropDataset):
         proposals: Sequence[Proposals],
         config: InstanceConfig | None = None,
         train: bool = True,
-        max_per_image: int | None = None,
     ) -> None:
         super().__init__(dataset, config, train)
         if len(proposals) != len(dataset):
             raise ValueError(
                 f"proposals must hold one entry an image ({len(dataset)}), got {len(proposals)}"
             )
-        if max_per_image is not None and max_per_image < 1:
-            raise ValueError(f"max_per_image must be at least 1, got {max_per_image}")
         images, boxes, labels = [], [], []
         for i, (candidates, _) in enumerate(proposals):
             objects = [a for a in dataset.annotations(i) if not a.difficult]
             if not objects or not len(candidates):
                 continue
             overlap, best = box_iou(candidates, torch.tensor([a.box for a in objects])).max(dim=1)
-            chosen = (overlap >= self.config.min_overlap).nonzero().flatten()[:max_per_image]
+            chosen = (overlap >= self.config.min_overlap).nonzero().flatten()
             images.append(torch.full_like(chosen, i))
             boxes.append(candidates[chosen])
             labels.append(torch.tensor([a.label for a in objects])[best[chosen]])
@@ -443,25 +439,6 @@ def _rarest_labels(dataset: VOCDataset) -> Tensor:
             images_with[label] = images_with.get(label, 0) + 1
     rarest = [min(labels, key=lambda c: (images_with[c], c), default=0) for labels in present]
     return torch.tensor(rarest, dtype=torch.int64)
-
-
-def balanced_weights(example_labels: Tensor, power: float = 1.0) -> Tensor:
-    """Sampling probabilities that even out the classes.
-
-    Args:
-        example_labels: ``int64 [N]``.
-        power: 1 draws every class equally often, 0 every example; 0.5 draws classes by the
-            square root of their counts.
-
-    Returns:
-        ``float64 [N]``, sums to 1.
-
-    Raises:
-        ValueError: If there are no examples.
-    """
-    classes, counts = _class_counts(example_labels)
-    weights = counts.double().pow(-power)[classes]
-    return weights / weights.sum()
 
 
 def balanced_indices(example_labels: Tensor, seed: int = 0, power: float = 1.0) -> Tensor:

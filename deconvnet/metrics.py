@@ -74,12 +74,6 @@ class ConfusionMatrix:
             )
         self.matrix += other.matrix
 
-    def __add__(self, other: ConfusionMatrix) -> ConfusionMatrix:
-        total = ConfusionMatrix(self.num_classes)
-        total.merge(self)
-        total.merge(other)
-        return total
-
     def iou(self) -> Tensor:
         """Intersection over union of each class.
 
@@ -124,6 +118,13 @@ class BoundaryConfusionMatrix(ConfusionMatrix):
         """Adds the pixels that lie in the band; see :meth:`ConfusionMatrix.update`."""
         _check_label_maps(prediction, target)
         super().update(prediction, target.masked_fill(~boundary_band(target, self.width), VOID))
+
+    def merge(self, other: ConfusionMatrix) -> None:
+        """Adds the counts of ``other``, from a band of the same width."""
+        width = getattr(other, "width", None)
+        if width != self.width:
+            raise ValueError(f"cannot merge counts of width {width} into those of {self.width}")
+        super().merge(other)
 
 
 class BinnedShare:

@@ -349,6 +349,7 @@ def finish_stage(
             indices=_indices(recipe, stage, crops, settings),
             workers=settings.workers,
             progress=progress,
+            frozen_blocks=settings.frozen_blocks,
         )
     return model
 

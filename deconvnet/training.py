@@ -10,6 +10,7 @@ Sources: Noh, Hong, Han, ICCV 2015, section 4; the authors' release,
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
 import signal
@@ -76,7 +77,7 @@ class StageConfig:
     validate_every: int = 1_000  # iterations between validations; the release: 500
     checkpoint_every: int = 500  # iterations between checkpoints
     log_every: int = 20  # iterations between rows of log.csv
-    deep_supervision: float = 0.0  # weight of losses at the decoder's inner sizes; 0 in the paper
+    deep_supervision: float = 0.0  # weight of a DeeplySupervised network's inner losses; ours
     recompute: bool = False  # save memory: blocks run again for their gradients
     workers: int = 0  # processes that prepare crops
     seed: int = 0
@@ -98,6 +99,13 @@ class StageConfig:
                 raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for field in ("encoder_rate", "bias_rate", "weight_decay", "deep_supervision"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
+        if not 0 < self.drop <= 1:
+            raise ValueError(f"drop must be above 0 and at most 1, got {self.drop}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, or None; got {self.minutes}")
         if self.batch_size % self.micro_batch:
@@ -156,7 +164,8 @@ def train(
 ) -> nn.Module:
     """Trains a model on one stage's crops.
 
-    Under ``torchrun`` every process takes its share of each batch.
+    Under ``torchrun`` every process takes its share of each batch. Every update seeds PyTorch's
+    generator anew, so that a run which was interrupted goes on as if it had not been.
 
     Args:
         model: Maps ``uint8 [N, 3, S, S]`` to scores ``[N, C, S, S]``; trained in place.
@@ -175,12 +184,15 @@ def train(
             name; strings and numbers.
 
     Returns:
-        The trained model.
+        The trained model, on ``device``, channels-last and in training mode: call ``eval()``
+        before it segments.
 
     Raises:
         TrainingDiverged: The loss is not finite; the last good checkpoint stays.
-        ValueError: The checkpoint belongs to other settings, or is damaged, or another process
-            trains in ``run_dir``.
+        ValueError: The checkpoint belongs to other settings or data, or is damaged; another
+            process trains in ``run_dir``; the data set is empty; the batch cannot be shared among
+            the processes; ``schedule="plateau"`` has no ``validate``, or the network fewer blocks
+            than are to be frozen.
         KeyboardInterrupt: After Ctrl-C, once the update under way is done and saved; a second
             Ctrl-C does not wait.
     """
@@ -220,7 +232,9 @@ class _Run:
         self.accumulate = stage.batch_size // share
         self.stage, self.dataset, self.indices = stage, dataset, indices
         self.validate, self.run_dir = validate, run_dir
-        self.about = dict(about or {})
+        drawn = b"" if indices is None else torch.as_tensor(indices).cpu().numpy().tobytes()
+        which = hashlib.sha256(drawn).hexdigest()[:16]
+        self.about = {**(about or {}), "examples": len(dataset), "indices": which}
         self.device = torch.device(device) if device else default_device()
         self.model = model.to(self.device, memory_format=torch.channels_last)
         before = {p for p in model.parameters() if p.requires_grad}
@@ -264,6 +278,9 @@ class _Run:
                 score = None
                 if self.validate and (self.iteration % stage.validate_every == 0 or last):
                     score = self.run_validation()
+                    # Not the one at the end: a run that is made longer would have one more.
+                    if self.iteration % stage.validate_every == 0:
+                        self.plateau.update(score)
                     clock = time.perf_counter()  # validation is not training time
                 if self.iteration % stage.log_every == 0 or last or score is not None:
                     value = self.checked(loss)
@@ -417,7 +434,6 @@ class _Run:
         with torch.no_grad():
             score = self.shared(float(self.validate(self.model)))
         self.train_mode()
-        self.plateau.update(score)
         return score
 
     def checked(self, loss: Tensor) -> float:
@@ -459,6 +475,8 @@ class _Run:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "log.csv"
+        if not path.exists():  # or somebody has removed it
+            self.row_bytes = 0
         # After a kill the log may run ahead of the checkpoint: cut it back to where we are.
         with open(path, "r+" if path.exists() else "w+", newline="") as file:
             file.truncate(self.row_bytes)
@@ -535,12 +553,15 @@ class _Run:
         free = {
             "iterations", "minutes", "workers", "log_every", "checkpoint_every", "recompute",
         }  # fmt: skip
-        written = settings | state.get("about", {})
-        for field, value in (asdict(self.stage) | self.about).items():
-            if field not in free and written.get(field) != value:
+        about = state.get("about", {})
+        written, own = settings | about, asdict(self.stage) | self.about
+        # Those of an older version don't say which examples they have learned from.
+        free |= {"examples", "indices"} - about.keys()
+        for field in own | about:
+            if field not in free and written.get(field) != own.get(field):
                 raise ValueError(
                     f"{self.checkpoint}: was written with {field}={written.get(field)!r}, this "
-                    f"run has {value!r}; {instead}"
+                    f"run has {own.get(field)!r}; {instead}"
                 )
         own = self.model.state_dict()
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state["model"].items()}:
@@ -560,6 +581,19 @@ class _Run:
         # A run that is done already writes no row, so `log` would never cut these off.
         if self.rank == 0 and size > self.row_bytes:
             os.truncate(log, self.row_bytes)
+
+
+def trained_so_far(run_dir: str | Path) -> tuple[int, float]:
+    """Updates and seconds of training that the checkpoint in a run's folder stands for.
+
+    The log may end a few updates earlier, if the run was interrupted.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+    """
+    path = Path(run_dir) / "checkpoint.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state["iteration"], state["seconds"]
 
 
 @contextmanager
@@ -760,6 +794,7 @@ def reestimate_batch_norm(
     indices: Tensor | None = None,
     workers: int = 0,
     progress: bool = False,
+    frozen_blocks: int = 0,
 ) -> None:
     """Replaces the running averages of batch norm by averages over many training crops.
 
@@ -776,6 +811,8 @@ def reestimate_batch_norm(
         indices: The examples to draw from, as in :func:`train`; all by default.
         workers: Processes that prepare crops.
         progress: Show a progress bar.
+        frozen_blocks: The encoder's first blocks, which were trained with the statistics that
+            they have and keep them.
     """
     length = max(crops // batch, 1) * batch
     sampler = StreamSampler(len(dataset), seed=seed, length=length, indices=indices)
@@ -784,14 +821,20 @@ def reestimate_batch_norm(
     )
     device = next(model.parameters()).device
     was_training = model.training
+    left_alone = set(model.encoder.blocks[:frozen_blocks].modules() if frozen_blocks else ())
+    before = {name: statistic.clone() for name, statistic in model.named_buffers()}
     model.eval()  # without dropout, as at inference
     try:
         with batch_norm_momentum(model, None) as norms:
             for norm in norms:
-                norm.reset_running_stats()
-                norm.train()
+                if norm not in left_alone:
+                    norm.reset_running_stats()
+                    norm.train()
             for images, _ in tqdm(loader, "batch norm", unit="batch", disable=not progress):
                 model(images.to(device))
+    except BaseException:  # Ctrl-C too: averages of a few crops would be worse than none
+        model.load_state_dict(before, strict=False)
+        raise
     finally:
         model.train(was_training)
 

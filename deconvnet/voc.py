@@ -158,7 +158,7 @@ def read_image(path: str | Path | io.BytesIO) -> Tensor:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"{path}: expected 8 bits a channel, got Pillow mode {image.mode!r}")
         rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(rgb.transpose(2, 0, 1), order="C"))
 
 
 def write_image(path: str | Path, image: Tensor, quality: int = 95) -> None:
@@ -200,6 +200,8 @@ def read_label_map(path: str | Path, num_classes: int | None = None) -> Tensor:
         ValueError: If the file is not such an image, or holds a label out of range.
     """
     with _open_image(path) as image:
+        if image.format == "JPEG":
+            raise ValueError(f"{path}: expected a PNG; JPEG changes values, and these are labels")
         if image.mode not in ("P", "L"):
             raise ValueError(
                 f"{path}: expected a palette or 8-bit greyscale image whose values are labels, "
@@ -213,7 +215,7 @@ def read_label_map(path: str | Path, num_classes: int | None = None) -> Tensor:
         if outside.any():
             raise ValueError(
                 f"{path}: expected labels below {num_classes} or {VOID} (void), "
-                f"got {int(labels[outside][0])}"
+                f"got {int(labels[outside][0])}; label 0 is the background"
             )
     return torch.from_numpy(labels)
 
@@ -323,8 +325,9 @@ def write_annotations(
         x0, y0, x1, y1 = annotation.box
         for tag, value in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):
             # repr keeps every digit of a fractional coordinate; VOC writes whole ones bare.
-            whole = float(value).is_integer()
-            ElementTree.SubElement(box_node, tag).text = str(int(value)) if whole else repr(value)
+            value = float(value)  # of a tensor or an array perhaps, whose repr is not a number
+            text = str(int(value)) if value.is_integer() else repr(value)
+            ElementTree.SubElement(box_node, tag).text = text
     ElementTree.indent(root)
     write_atomically(path, ElementTree.tostring(root, encoding="utf-8") + b"\n")
 
@@ -342,12 +345,20 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it does not list 2 to 255 different names.
+        ValueError: If it is not text in UTF-8, or does not list 2 to 255 different names.
     """
-    # Windows Notepad may put a byte order mark before the first name.
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    try:  # Windows Notepad may put a byte order mark before the first name
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8 ({error})") from error
     found = [CLASS_LINE.fullmatch(line.strip()).groups() for line in lines if line.strip()]
     names = tuple(name for name, _ in found)
+    for name in names:
+        if any(word.startswith("#") for word in name.split()):
+            raise ValueError(
+                f"{path}: expected a name, and perhaps its colour as #rrggbb, on each line, "
+                f"got {name!r}"
+            )
     if not 2 <= len(names) <= VOID or len(set(names)) != len(names):
         raise ValueError(
             f"{path}: expected 2 to {VOID} different class names, background first, got {names}"

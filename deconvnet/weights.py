@@ -45,7 +45,8 @@ def save_model(
     Args:
         model: A :class:`~deconvnet.model.DeconvNet` or :class:`~deconvnet.fcn.FCN8s`.
         path: The ``.safetensors`` file to write.
-        metadata: JSON-like facts to keep with the weights, such as ``class_names``.
+        metadata: JSON-like facts to keep with the weights, such as ``class_names``; by default
+            those that the model was loaded with, but for what they say of its training.
         dtype: Store the parameters in this type. ``torch.float16`` halves the file;
             ``torch.int8`` quarters it: kernels become whole numbers from -127 to 127 times one
             factor for each slice of their first axis, other parameters ``float16``. Batch norm's
@@ -65,6 +66,9 @@ def save_model(
         raise TypeError("model must be the network that was trained, got its prepared copy")
     if dtype is not None and dtype != torch.int8 and not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating type or int8, got {dtype}")
+    if metadata is None:
+        loaded = getattr(model, "metadata", {})
+        metadata = {key: value for key, value in loaded.items() if key != "training"}
     statistics = dict(model.named_buffers())
     tensors: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
@@ -80,7 +84,7 @@ def save_model(
     header = {
         "architecture": name,
         "config": json.dumps(asdict(model.config)),
-        "metadata": json.dumps(dict(metadata or {})),
+        "metadata": json.dumps(dict(metadata)),
     }
     if encoder_of is not None:
         header["encoder_sha256"] = _encoder_digest(tensors)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import skimage.data
 import torch
@@ -408,12 +409,19 @@ def test_interrupted_training_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(training, "pixel_loss", press_ctrl_c)
         assert main(train(shapes_root, tmp_path / "parts")) == 130
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    said = "interrupted after 3 iterations; the same command goes on from here, or ends as it is"
+    assert f"{said} with --iterations 3" in capsys.readouterr().err
     assert not (tmp_path / "parts/weights.safetensors").exists()
     ended = Path(shutil.copytree(tmp_path / "parts", tmp_path / "ended"))
     assert main(train(shapes_root, ended, "--iterations", "2")) == 0  # it had three
     last = torch.load(ended / "checkpoint.pt", weights_only=True)
-    assert last["iteration"] == 3
+    facts = load_model(ended / "weights.safetensors").metadata["training"]
+    assert last["iteration"] == facts["iterations"] == 3
+    assert [row["iteration"] for row in facts["curve"]] == [1, 2, 3]
+    (ended / "log.csv").unlink()
+    assert main(train(shapes_root, ended, "--iterations", "2")) == 0
+    facts = load_model(ended / "weights.safetensors").metadata["training"]
+    assert facts["iterations"] == 3 and facts["curve"] == []
     for name, tensor in load_model(ended / "weights.safetensors").state_dict().items():
         assert torch.equal(last["model"][name], tensor), name
     assert main(train(shapes_root, tmp_path / "parts")) == 0
@@ -507,6 +515,30 @@ def test_a_validation_split_without_objects_stops_nobody(
     assert read_log(out / "log.csv")[-1]["validation"] is None
     message = fails(capsys, *train(data, tmp_path / "other", "--split", "val"))
     assert "expected annotated objects in split 'val'" in message
+
+
+@pytest.mark.usefixtures("small_training")
+def test_masks_without_classes_stop_those_who_learn_from_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    for folder in ("images", "masks"):
+        (data / folder).mkdir(parents=True)
+    (data / "classes.txt").write_text("background\nsquare\n")
+    (data / "val.txt").write_text("empty\n")
+    for name, square in (("empty", 0), ("one", 1), ("two", 1)):
+        labels = np.zeros((40, 40), np.uint8)
+        labels[8:28, 8:28] = square
+        Image.fromarray(labels).save(data / "masks" / f"{name}.png")
+        Image.fromarray(labels * 200).save(data / "images" / f"{name}.png")
+    for stage, validates in (("1", False), ("whole", True)):
+        command = train(data, tmp_path / stage, "--stage", stage, "--iterations", 1)
+        assert main([argument for argument in command if argument != "--quiet"]) == 0
+        said = capsys.readouterr().err
+        assert "2 images to learn from, 1 to validate with" in said
+        assert ("goes without validation" in said) != validates
+    message = fails(capsys, *train(data, tmp_path / "other", "--split", "val"))
+    assert "masks: expected pixels of some class in split 'val'" in message
 
 
 def test_a_frozen_encoder_must_have_learned(
@@ -606,6 +638,7 @@ def test_processes_share_a_batch(
     [
         (["data", "shapes", "x"], True),
         (["train", "--data", "x", "--out", "y"], True),
+        (["train", "--data", "x", "--out", "y", "--restart"], True),
         (["submit", "--data", "x", "--out", "y"], True),
         (["proposals", "--data", "x", "--cache", "y"], True),
         (["proposals", "x.jpg"], False),
@@ -625,9 +658,8 @@ def test_only_what_goes_on_says_so(
 
     monkeypatch.setattr(cli, f"run_{command[0]}", interrupt)
     assert main(command) == 130
-    hint = "; the same command goes on from here" if goes_on else ""
-    if command[0] == "train":
-        hint += ", or ends as it is with --iterations no more than were done"
+    restart = " without --restart" if "--restart" in command else ""
+    hint = f"; the same command{restart} goes on from here" if goes_on else ""
     assert capsys.readouterr().err == f"deconvnet: interrupted{hint}\n"
 
 
@@ -673,6 +705,9 @@ def test_compress(
     assert torch.equal(half, load_model(networks["deconvnet"]).fc7[0].weight.half().float())
     message = fails(capsys, "compress", networks["deconvnet"], "-o", net, "--encoder-of", fcn)
     assert "fcn.safetensors: its encoder is not this model's" in message
+    for out in (net, tmp_path / "net.bin"):
+        message = fails(capsys, "compress", net, "-o", out)
+        assert f"{out}: expected another file than {net}, a .safetensors" in message
 
 
 # segment

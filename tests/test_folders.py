@@ -59,6 +59,8 @@ class TestReading:
     def test_everything_is_read(self, beach: Path):
         dataset = open_dataset(beach, "all", decode_cache=True)
         assert isinstance(dataset, FolderDataset) and len(dataset) == 10
+        (beach / "images" / "Thumbs.db").write_bytes(b"Windows was here")
+        assert FolderDataset(beach, "all").names == dataset.names
         assert dataset.class_names == NAMES and dataset.num_classes == 5
         assert dataset.colours.tolist() == [
             [0, 0, 0], [0xE6, 0x9F, 0], [0, 0x72, 0xB2], palette()[3].tolist(), [0xCC, 0x79, 0xA7],
@@ -112,8 +114,9 @@ class TestReading:
     def test_names_may_have_dots(self, beach: Path):
         for folder, suffix in (("images", "jpg"), ("masks", "png")):
             (beach / folder / f"walk 0.{suffix}").rename(beach / folder / f"walk.0.{suffix}")
-        (beach / "val.txt").write_text("walk.0\nwalk.0.jpg\n")
-        assert FolderDataset(beach, "val").names == ["walk.0", "walk.0"]
+        for listed in ("walk.0", "walk.0.jpg"):
+            (beach / "val.txt").write_text(listed)
+            assert FolderDataset(beach, "val").names == ["walk.0"]
 
     def test_large_photographs_are_learned_from_at_the_size_of_use(self, beach: Path):
         whole, small = (FolderDataset(beach, "all", max_side=side)[1] for side in (None, 48))
@@ -212,7 +215,7 @@ class TestBadFolders:
         for path in (beach / "masks").iterdir():
             Image.fromarray(np.uint8(255 * (np.array(Image.open(path)) > 0))).save(path)
         with pytest.raises(ValueError, match="masks: expected pixels of some class in split 'val'"):
-            FolderDataset(beach, "val", decode_cache=True)
+            FolderDataset(beach, "val").check_classes()
 
     def test_no_data_set(self, tmp_path: Path):
         with pytest.raises(FileNotFoundError, match="expected a data set, with a folder images"):
@@ -224,6 +227,17 @@ class TestBadFolders:
             (lambda r: (r / "classes.txt").unlink(), FileNotFoundError, r"classes\.txt: expected"),
             (lambda r: (r / "classes.txt").write_text("a\na\n"), ValueError, "different class"),
             (lambda r: (r / "masks" / "walk 4.png").unlink(), FileNotFoundError, r"walk 4\.png: "),
+            (
+                lambda r: (r / "masks" / "walk 4.png").rename(r / "masks" / "Walk 4_mask.PNG"),
+                FileNotFoundError,
+                r"walk 4\.png: expected the mask of .*; there is Walk 4_mask\.PNG",
+            ),
+            (lambda r: (r / "all.txt").write_text("walk 2\nwalk 2.jpg"), ValueError, "2. 2 times"),
+            (
+                lambda r: Image.new("L", SIZE[::-1]).save(r / "masks" / "walk 4.png", "JPEG"),
+                ValueError,
+                r"walk 4\.png: expected a PNG; JPEG changes values",
+            ),
             (
                 lambda r: Image.new("L", (4, 4)).save(r / "images" / "walk 4.tif"),
                 ValueError,

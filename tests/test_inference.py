@@ -447,6 +447,11 @@ def test_class_names_come_with_the_weights_or_by_hand():
     assert named.class_names == ("none", "a", "b")
     with pytest.raises(ValueError, match="2 class_names for 3 classes"):
         Predictor(model, device="cpu", class_names=("a", "b"))
+    silent = Predictor(PixelNet(), model, device="cpu")
+    assert silent.class_names == ("background", "cat", "dog")
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="proposals are for a deconvnet"):
+        Predictor(None, model, device="cpu")(image, torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize("settings", [{"config": {"hue": 3}}, {"smoothing": {"sigma": 1}}])

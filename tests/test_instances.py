@@ -21,7 +21,6 @@ from deconvnet.instances import (
     WholeImageDataset,
     WindowDataset,
     balanced_indices,
-    balanced_weights,
     crop_and_resize,
     expand_box,
     isolate_object,
@@ -337,7 +336,6 @@ def test_stage2_takes_proposals_that_overlap_an_object() -> None:
     assert examples.boxes[2:].tolist() == [[20, 4, 28, 9], [4, 4, 12, 19]]
     assert examples.images.tolist() == [0, 0, 0, 1]
     assert examples.example_labels.tolist() == [3, 3, 5, 7]
-    assert stage2(max_per_image=1).boxes.tolist() == [[2, 2, 10, 10], [4, 4, 12, 19]]
 
 
 @settings(max_examples=25, deadline=None)
@@ -470,8 +468,6 @@ def test_datasets_without_examples() -> None:
         Stage2Dataset(empty, [])
     with pytest.raises(ValueError, match="no proposal reaches"):
         Stage2Dataset(empty, [Proposals(torch.zeros(1, 4), torch.zeros(1))])
-    with pytest.raises(ValueError, match="max_per_image"):
-        stage2(max_per_image=0)
     with pytest.raises(ValueError, match="no images"):
         WholeImageDataset(FakeDataset([]))
 
@@ -490,13 +486,6 @@ def test_workers_see_the_same_stream() -> None:
 
 
 # ----------------------------------------------------------------------- balance and sampler
-
-
-def test_balanced_weights() -> None:
-    labels = torch.tensor([2, 2, 2, 2, 9])
-    assert balanced_weights(labels).tolist() == pytest.approx([1 / 8] * 4 + [1 / 2])
-    assert balanced_weights(labels, 0.5).tolist() == pytest.approx([1 / 6] * 4 + [1 / 3])
-    assert balanced_weights(labels, 0).tolist() == pytest.approx([1 / 5] * 5)
 
 
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), seed=st.integers(0, 99))
@@ -520,9 +509,8 @@ def test_balanced_indices_by_square_root() -> None:
 
 
 def test_balance_errors() -> None:
-    for balance in (balanced_indices, balanced_weights):
-        with pytest.raises(ValueError, match="example_labels must have shape"):
-            balance(torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="example_labels must have shape"):
+        balanced_indices(torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="power"):
         balanced_indices(torch.zeros(3, dtype=torch.int64), power=2)
 

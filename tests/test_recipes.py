@@ -346,7 +346,7 @@ def test_finishing_a_stage(dataset: VOCDataset, monkeypatch: pytest.MonkeyPatch)
     options = calls[0][1]
     expected = balanced_indices(crops.example_labels, 4, recipe.balance)
     assert torch.equal(options.pop("indices"), expected)
-    assert options == {"seed": 4, "workers": 2, "progress": False}
+    assert options == {"seed": 4, "workers": 2, "progress": False, "frozen_blocks": 0}
     recipes.finish_stage(recipes.tiny(), "1", "network", crops)
     assert len(calls) == 3
 

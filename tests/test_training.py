@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import multiprocessing
 import os
 import random
@@ -402,6 +403,30 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     run(tmp_path, replace(STAGE, iterations=10), about={"images": 7})
     with pytest.raises(ValueError, match="was written with images=7, this run has 8; use another"):
         run(tmp_path, about={"images": 8})
+    with pytest.raises(ValueError, match="was written with images=7, this run has None; use"):
+        run(tmp_path)
+    for indices in (torch.tensor([0, 1]), torch.tensor([1, 0])):
+        with pytest.raises(ValueError, match="was written with indices="):
+            run(tmp_path, indices=indices, about={"images": 7})
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    run(tmp_path / "parts", replace(STAGE, iterations=4))
+    state = torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)
+    del state["about"]["examples"], state["about"]["indices"]
+    torch.save(state, tmp_path / "parts/checkpoint.pt")
+    run(tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_log_that_somebody_removed_begins_anew(tmp_path: Path) -> None:
+    def remove() -> None:
+        (tmp_path / "log.csv").unlink()
+
+    stage = replace(STAGE, log_every=1)
+    run(tmp_path, stage, Crops(kill_at(5 * stage.batch_size, remove)))
+    assert [row["iteration"] for row in log(tmp_path)] == ["6", "7", "8", "9"]
 
 
 def test_a_checkpoint_without_a_loss_scale_serves_where_there_is_one(
@@ -685,6 +710,17 @@ def test_validation_steers_plateau_and_is_logged(tmp_path: Path) -> None:
     assert rows == [("3", 0.05, 1.0), ("6", 0.05, 1.0), ("9", 0.005, 0.5)]
 
 
+def test_a_run_made_longer_drops_its_rate_no_sooner(tmp_path: Path) -> None:
+    """Each part of it is validated at its end, which must not count."""
+    stage = replace(STAGE, schedule="plateau", patience=2, validate_every=3)
+    for name, ends in (("whole", [9]), ("parts", [4, 5, 7, 9])):
+        for end in ends:
+            run(tmp_path / name, replace(stage, iterations=end), validate=lambda model: 1.0)
+    assert [checkpoint(tmp_path / name)["plateau"] for name in ("whole", "parts")] == [
+        {"drop": 0.1, "patience": 2, "factor": 0.1, "best": 1.0, "stalled": 0}
+    ] * 2
+
+
 def test_minutes_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter(range(10_000))
     clock = SimpleNamespace(perf_counter=lambda: next(seconds))
@@ -848,6 +884,32 @@ def test_a_crop_that_cannot_be_read_leaves_the_norms_momentum() -> None:
         reestimate_batch_norm(model.train(), Damaged(), crops=4, batch=2)
     assert [norm.momentum for norm in norms] == momenta
     assert all(module.training for module in model.modules())
+
+
+def test_statistics_that_cannot_be_had_anew_stay_as_they_were() -> None:
+    class Damaged(Crops):
+        def __getitem__(self, key):
+            if next(count) == 5:
+                raise OSError("damaged")
+            return super().__getitem__(key)
+
+    count = itertools.count()
+    model = fcn()
+    reestimate_batch_norm(model, Crops(), crops=4, batch=2, seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(OSError, match="damaged"):
+        reestimate_batch_norm(model, Damaged(), crops=8, batch=2)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_frozen_blocks_keep_their_statistics() -> None:
+    model = fcn()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    reestimate_batch_norm(model, Crops(), crops=4, batch=2, frozen_blocks=2)
+    means = {n: v for n, v in model.named_buffers() if n.endswith("running_mean")}
+    frozen = {n for n in means if n.startswith(("encoder.blocks.0.", "encoder.blocks.1."))}
+    assert frozen and {n for n in means if torch.equal(means[n], before[n])} == frozen
 
 
 def test_crop_loss_is_the_mean_over_all_valid_pixels() -> None:

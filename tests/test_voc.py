@@ -280,6 +280,11 @@ class TestAnnotations:
             Annotation(8, (4.5, 5.0, 5.5, 6.0), False),
         ]
 
+    def test_numbers_of_arrays_and_tensors(self, tmp_path):
+        for box in (np.array([2.5, 3, 4.25, 5]), torch.tensor([2.5, 3, 4.25, 5]).unbind()):
+            voc.write_annotations(tmp_path / "a.xml", [Annotation(8, tuple(box))], (10, 20))
+            assert voc.read_annotations(tmp_path / "a.xml")[0].box == (2.5, 3, 4.25, 5)
+
     @settings(max_examples=50)
     @given(st.lists(annotation, max_size=5))
     def test_round_trip(self, tmp_path_factory, annotations):
@@ -465,9 +470,15 @@ class TestDataset:
         with pytest.raises(ValueError, match="got 'SegmentationObject'"):
             VOCDataset(root, masks="SegmentationObject")
 
-    @pytest.mark.parametrize("text", ["background\n", "background\ncat\ncat\n"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "background\n", "background\ncat\ncat\n", "background\n# cats\ncat\n",
+            "background\ncat #ff0\n", "background\ncat #gg0000\n", "background\nM\xe4use\n",
+        ],
+    )  # fmt: skip
     def test_bad_class_names(self, root, text):
-        (root / "classes.txt").write_text(text)
+        (root / "classes.txt").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match="classes.txt: expected"):
             VOCDataset(root)
 

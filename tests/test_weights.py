@@ -426,6 +426,9 @@ def test_a_model_comes_back_as_it_was(tmp_path, model):
     assert type(again) is type(model)
     assert again.config == model.config
     assert again.metadata == facts
+    again.metadata["training"] = {"minutes": 5}  # which may no longer be all
+    save_model(again, tmp_path / "copy.safetensors")
+    assert load_model(tmp_path / "copy.safetensors").metadata == facts
     assert not again.training
     assert os.listdir(path.parent) == ["model.safetensors"]
     for key, value in model.state_dict().items():
