@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -93,3 +94,16 @@ def test_every_picture_says_what_it_shows(pages: dict[Path, Page]) -> None:
 def test_the_book_is_small(built_book: Path) -> None:
     size = sum(path.stat().st_size for path in built_book.rglob("*") if path.is_file())
     assert size < 40 * MEGABYTE
+
+
+def test_every_page_says_what_it_is_about(built_book: Path) -> None:
+    said = {}
+    for page in sorted((built_book / "book").glob("*.html")):
+        html = page.read_text(encoding="utf-8")
+        (text,) = re.findall(r'<meta name="description" content="([^"]+)"', html)
+        assert 50 < len(text) < 300, page.name
+        said[page.name] = text
+        (picture,) = re.findall(r'property="og:image" content="[^"]*/(_images/[^"]+)"', html)
+        assert (built_book / picture).is_file()
+    assert len(set(said.values())) == len(said) >= 15
+    assert said["09-crf.html"].startswith("A network sees windows")

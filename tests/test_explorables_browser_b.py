@@ -62,10 +62,13 @@ def labels_over(image: torch.Tensor, colours: np.ndarray) -> np.ndarray:
 
 def test_the_decoder_by_keyboard(explorable):
     seen = explorable("decoder")
+    assert "Layer 8 of 16, deconv4" in seen.status()  # it opens with a shape
+    slider(seen).focus()
+    seen.page.keyboard.press("Home")
+    assert "Layer 1 of 16" in seen.status()
     first = pixels(seen, 1)
     assert first.shape == (1, 1, 3)
     assert alt(seen, "fc7, 1 by 1, mean of 256 channels, with switches")
-    slider(seen).focus()
     for _ in range(5):
         seen.page.keyboard.press("ArrowRight")
     assert "Layer 6 of 16, unpool4: 8 × 8" in seen.status()

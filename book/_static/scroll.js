@@ -1,5 +1,14 @@
-// A box that scrolls sideways, as a wide table on a phone, can be reached and scrolled by keyboard.
+// A box that scrolls sideways, as a wide table on a phone, can be reached and scrolled by keyboard;
+// and the sidebar shows where the reader is.
 (() => {
+  const showPlace = () => {
+    const here = document.querySelector(".bd-sidebar-primary li.current.active > a, .bd-sidebar-primary li.current > a.current");
+    const sidebar = here?.closest(".bd-sidebar-primary");
+    if (!sidebar) return;
+    const { top, bottom } = here.getBoundingClientRect(), frame = sidebar.getBoundingClientRect();
+    if (top < frame.top || bottom > Math.min(frame.bottom, innerHeight))
+      sidebar.scrollTop += (top + bottom) / 2 - (frame.top + Math.min(frame.bottom, innerHeight)) / 2;
+  };
   const boxes = ".pst-scrollable-table-container, .cell_output, div.math, mjx-container[display]";
   const mark = () => {
     for (const box of document.querySelectorAll(boxes)) {
@@ -11,5 +20,6 @@
     await window.MathJax?.startup?.promise;
     mark();
   });
+  addEventListener("load", showPlace); // after the theme has scrolled the sidebar to where it was
   addEventListener("resize", mark);
 })();

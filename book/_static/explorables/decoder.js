@@ -24,7 +24,7 @@ Explorable.register("decoder", (root, data, ui) => {
   });
   const switches = ui.toggle({ label: "Switches", value: true, onChange: redraw });
   const layer = ui.slider({
-    label: "Layer", min: 0, max: LAST, value: 0,
+    label: "Layer", min: 0, max: LAST, value: Math.floor(LAST / 2), // a shape, no longer a point
     text: (i) => `${layers[i].name}, ${layers[i].size} × ${layers[i].size}`, onInput: update,
   });
   const channel = ui.choice({

@@ -41,7 +41,7 @@ Explorable.register("playground", (root, data, ui) => {
 
   /* ------------------------------------------------------------------------------ the scene's part */
 
-  const stage = ui.picture({ width: SIDE, height: SIDE, size: 400, alt: "The scene" });
+  const stage = ui.picture({ width: SIDE, height: SIDE, size: 320, alt: "The scene" });
   const board = stage.frame;
   board.classList.add("live-stage");
   board.tabIndex = 0;
@@ -247,9 +247,11 @@ Explorable.register("playground", (root, data, ui) => {
   });
 
   const seen = ui.picture({ width: INPUT, height: INPUT, size: 200, pixelated: true });
-  const map = ui.picture({ width: INPUT, height: INPUT, size: 200, pixelated: true, alt: "No label map yet" });
+  const map = ui.picture({ width: INPUT, height: INPUT, size: 320, pixelated: true, alt: "No label map yet" });
   seen.caption(`What the network sees: ${INPUT} × ${INPUT}`);
-  map.caption("Its label map");
+  stage.caption("The scene: drag a shape");
+  map.caption("What the network makes of it: its label map");
+  map.node.hidden = true; // the button that loads the network stands in its place
   const strip = element("div", { class: "live-strip", role: "group", "aria-label": "The decoder's stages" });
   const table = element("table", { class: "live-scores" });
   const loader = element("div", { class: "live-loader" });
@@ -257,7 +259,7 @@ Explorable.register("playground", (root, data, ui) => {
   results.hidden = true;
   let stages = [], last = null, waiting = 0, running = false, again = false, pace = 0;
 
-  const loadButton = ui.button({ label: `Load the network (${megabytes} MB)`, onClick: loadNetwork });
+  const loadButton = ui.button({ label: `Load the network (${megabytes}\u00a0MB)`, onClick: loadNetwork });
   const loadText = element("p", { role: "status" },
     "It runs here, in your browser. What you draw or choose does not leave this machine.");
   const bar = element("progress", { max: 1, value: 0, "aria-label": "Loading the network" });
@@ -271,7 +273,7 @@ Explorable.register("playground", (root, data, ui) => {
     try {
       network = await LiveNetwork.load(file, (share) => (bar.value = share));
       loader.hidden = true;
-      results.hidden = false;
+      map.node.hidden = results.hidden = false;
       const hadFocus = [null, document.body, loadButton.node].includes(document.activeElement);
       await ask(true);
       if (hadFocus) switches.input.focus({ preventScroll: true });
@@ -503,8 +505,8 @@ Explorable.register("playground", (root, data, ui) => {
     onChange: (name) => { Object.assign(state, start(name)); refresh(); },
   });
 
+  ui.row(stage.node, loader, map.node).classList.add("live-top");
   ui.row(
-    stage.node,
     element("div", { class: "explorable-group live-controls" },
       element("div", { class: "live-pair" }, beginning.node, pick.node),
       palette, size.node, angle.node, element("div", { class: "live-pair" }, across.node, down.node),
@@ -513,11 +515,11 @@ Explorable.register("playground", (root, data, ui) => {
       trouble));
   ui.controls(view.node);
   results.append(
-    element("div", { class: "explorable-row" }, seen.node, map.node,
+    element("div", { class: "explorable-row" }, seen.node,
       element("div", { class: "live-table" }, table)),
     element("div", { class: "live-switches" }, switches.node, channel.node),
     strip);
-  root.append(loader, results);
+  root.append(results);
   refresh();
 
   /* For tests, and for the curious in the console:
