@@ -9,7 +9,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -76,9 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restarts = getattr(options, "restart", False)
         same = "the same command without --restart" if restarts else "the same command"
         hint = f"; {same} goes on from here" if kept else ""
-        if options.command == "train" and (options.out / "checkpoint.pt").is_file():
-            done, _ = trained_so_far(options.out)
-            hint = f" after {done} iterations{hint}, or ends as it is with --iterations {done}"
+        if options.command == "train":
+            with suppress(Exception):  # there is no checkpoint yet, or none that can be read
+                done, _ = trained_so_far(options.out)
+                hint = f" after {done} iterations{hint}, or ends as it is with --iterations {done}"
         print(f"deconvnet: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     finally:
