@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/full-size"))
     parser.add_argument("--out", type=Path, default=Path("results/full-size.json"))
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has none
 
     recipe, device = recipes.RECIPES[options.recipe](), default_device()
     data = open_dataset(options.data, "train", decode_cache=True)
