@@ -23,7 +23,7 @@ from deconvnet.crf import CRFConfig
 from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_labels
 from deconvnet.fcn import FCN8s
 from deconvnet.files import atomic_write, file_digest, sole_use
-from deconvnet.folders import FolderDataset, open_dataset
+from deconvnet.folders import open_dataset
 from deconvnet.hardware import default_device, join_processes, keep_memory
 from deconvnet.inference import InferenceConfig, Predictor
 from deconvnet.instances import CropDataset, NoExamples
@@ -336,8 +336,7 @@ def _train(options: argparse.Namespace, first: bool) -> None:
     # Train at the size at which images will be segmented.
     kept = {"decode_cache": not options.no_cache, "max_side": recipe.inference.max_side}
     dataset = open_dataset(options.data, options.split, limit=options.limit, **kept)
-    if isinstance(dataset, FolderDataset):  # VOC's masks are known to show some
-        dataset.check_classes()
+    dataset.check_classes()
     validation = open_dataset(options.data, options.val_split, limit=128, **kept)
     model = None if start is None else _network_from(options, recipe, start, dataset)
 

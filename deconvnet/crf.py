@@ -368,7 +368,7 @@ def _drop_negligible(beliefs: Tensor, labels: int) -> None:
     """Sets to 0 what would make messages slow; a sample of the pixels tells if there is any."""
     if beliefs.dtype != torch.float32 or beliefs.requires_grad or beliefs.device.type != "cpu":
         return
-    if beliefs[::256, :labels].amin() < NEGLIGIBLE:
+    if beliefs[::64, :labels].amin() < NEGLIGIBLE:
         F.threshold_(beliefs, NEGLIGIBLE, 0.0)
 
 

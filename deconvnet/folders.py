@@ -103,19 +103,6 @@ class FolderDataset(VOCDataset):
                 )
         self._fill_cache(decode_cache)
 
-    def check_classes(self) -> None:
-        """Refuses to be learned from if no mask of the split shows any class.
-
-        Raises:
-            ValueError: All pixels are background or void.
-        """
-        masks = (self.labels(i) for i in range(len(self)))
-        if not any(((labels > 0) & (labels < VOID)).any() for labels in masks):
-            raise ValueError(
-                f"{self.root / 'masks'}: expected pixels of some class in split {self.split!r}; a "
-                "pixel's value is its class's line in classes.txt, counted from 0, and 255 is void"
-            )
-
     def _split_names(self, split: str) -> list[str]:
         path = self.root / f"{split}.txt"
         if path.is_file() and split != "classes":

@@ -574,6 +574,20 @@ class VOCDataset(Dataset[Sample]):
         """The objects' classes and boxes; empty where the image has no annotation file."""
         return self._part(index, "annotations", self._read_annotations)
 
+    def check_classes(self) -> None:
+        """Refuses to be learned from if no mask of the split shows any class.
+
+        Raises:
+            ValueError: All pixels are background or void.
+        """
+        masks = (self.labels(i) for i in range(len(self)))
+        if not any(((labels > 0) & (labels < VOID)).any() for labels in masks):
+            raise ValueError(
+                f"{self.root / self.mask_folder}: expected pixels of some class in split "
+                f"{self.split!r}; a pixel's value is its class's line in classes.txt, counted from "
+                "0, and 255 is void"
+            )
+
     def _part(self, index: int, part: str, read: Callable[[str], T]) -> T:
         name = self.names[index]
         if self._cache is None and not self._is_shrunk(name):
