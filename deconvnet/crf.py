@@ -33,7 +33,8 @@ from deconvnet.gaussian import (
     Filter,
     GridGaussian,
 )
-from deconvnet.permutohedral import PermutohedralLattice, lattice_filter
+from deconvnet.hardware import compiled_kernels
+from deconvnet.permutohedral import COMPILED_FROM, PermutohedralLattice, lattice_filter
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 METHODS = ("auto", "exact", "lattice", "original")
@@ -332,12 +333,12 @@ def mean_field(
     with torch.autocast(unary.device.type, enabled=False):  # iterations add up their rounding
         beliefs = _softmax(logits)
         for iteration in range(iterations + 1):
-            if iteration > 0:
+            if iteration > 0 and kernels:
                 _drop_negligible(beliefs, labels)  # too small to matter, but messages get slow
-                evidence = logits
-                for kernel in kernels:
-                    evidence = kernel.message(beliefs).add_(evidence)
-                beliefs = _softmax(evidence)
+                votes = kernels[0].message(beliefs)
+                for kernel in kernels[1:]:
+                    votes = kernel.message(beliefs).add_(votes)
+                beliefs = _add_and_softmax(votes, logits)
             if on_iteration is not None:
                 on_iteration(iteration, beliefs[:, :labels].T.reshape(labels, height, width))
     # PyTorch's cross entropy has no gradient for transposed maps.
@@ -350,6 +351,16 @@ def _pixels_first(logits: Tensor) -> Tensor:
     if logits.device.type == "cpu":
         by_pixel = F.pad(by_pixel, (0, -len(logits) % LABELS_AT_ONCE), value=-math.inf)
     return by_pixel.contiguous()
+
+
+def _add_and_softmax(votes: Tensor, logits: Tensor) -> Tensor:
+    """The softmax of what each pixel hears and of what it thinks itself; uses up the votes."""
+    plain = votes.dtype == torch.float32 and votes.device.type == "cpu" and not votes.requires_grad
+    if plain and not logits.requires_grad and len(votes) >= COMPILED_FROM:
+        compiled = compiled_kernels("deconvnet.crf_kernels")
+        if compiled:
+            return compiled.add_and_softmax(votes.contiguous(), logits)
+    return _softmax(votes.add_(logits))
 
 
 def _softmax(logits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import sys
 import warnings
@@ -68,10 +69,14 @@ def cpu_has_matrix_units() -> bool:
 
 
 @functools.cache
-def compiled_kernels() -> ModuleType | None:
-    """:mod:`deconvnet.kernels`, or None where Numba, which compiles them, is not at hand."""
+def compiled_kernels(module: str = "deconvnet.kernels") -> ModuleType | None:
+    """A module of compiled loops, or None where Numba, which compiles them, is not at hand.
+
+    Args:
+        module: :mod:`deconvnet.kernels` or :mod:`deconvnet.crf_kernels`.
+    """
     try:
-        from deconvnet import kernels  # takes a moment; a process that needs none is spared it
+        kernels = importlib.import_module(module)  # takes a moment, which not everybody needs
     except (ImportError, RuntimeError):  # none, none for this NumPy, or nowhere to keep code
         return None
     return None if kernels.numba.config.DISABLE_JIT else kernels

@@ -2,10 +2,9 @@
 
 Written with tensors, pooling with switches reads and writes its map a dozen times: once for every
 comparison and every choice. A compiled loop looks at each window once. The loops here compute
-exactly what :mod:`deconvnet.unpooling` does with tensors, the sums before and after the matrix
-products of :class:`deconvnet.winograd.WinogradConvolution`, and who is whose neighbour in
-:mod:`deconvnet.permutohedral`. All of them do without where Numba is missing: they ask
-:func:`deconvnet.hardware.compiled_kernels` for this module, which nothing else imports.
+exactly what :mod:`deconvnet.unpooling` does with tensors, and the sums before and after the matrix
+products of :class:`deconvnet.winograd.WinogradConvolution`. Both do without where Numba is missing:
+they ask :func:`deconvnet.hardware.compiled_kernels` for this module, which nothing else imports.
 
 Maps lie channels-last in memory, ``[N, H, W, C]``, or plane by plane, ``[N C, H, W]``. A processor
 works on neighbouring values together, sixteen at once: in the first case those of a pixel's
@@ -26,13 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deconvnet.openmp import in_parallel, threads_for
 from deconvnet.unpooling import _bits, _empty, _layout
-
-SMALL = 2**20
-"""Maps with fewer values than this are not worth waking a second thread."""
 
 SHORT = 8
 """Values for each byte of one: a shorter row has ended before a loop over vectors begins."""
+
+TOGETHER = 256
+"""Maxima of short rows that are found in one loop over vectors, or a row more."""
 
 # Without Python's lock, so that threads share the work; the machine code is kept on disk.
 _loop = numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -61,7 +61,7 @@ def max_pool(x: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
     pooled = _empty(x, (x.shape[-2] // 2, x.shape[-1] // 2), wide)
     switches = torch.empty_like(pooled, dtype=torch.uint8)
     beyond = pooled.numpy().dtype.type(1 + tie)
-    _share_rows((_pool_planes, _pool_pixels), readable, pooled, switches, settings=(beyond,))
+    _share_rows(_pool, readable, pooled, switches, settings=(beyond,))
     return pooled.to(x.dtype), switches
 
 
@@ -77,7 +77,7 @@ def unpool(x: Tensor, switches: Tensor, size: Sequence[int] | None = None) -> Te
     unpooled = _empty(x, size or even)
     if unpooled.shape[-2:] != even:
         unpooled.zero_()  # the loop leaves an odd last row or column alone
-    _share_rows((_unpool_planes, _unpool_pixels), _bits(unpooled), _bits(x), switches)
+    _share_rows(_unpool, _bits(unpooled), _bits(x), switches)
     return unpooled
 
 
@@ -89,7 +89,7 @@ def gather(x: Tensor, switches: Tensor) -> Tensor:
         switches: ``uint8 [..., H // 2, W // 2]``, from 0 to 3; others give zero.
     """
     gathered = _empty(x, switches.shape[-2:])
-    _share_rows((_gather_planes, _gather_pixels), _bits(x), _bits(gathered), switches)
+    _share_rows(_gather, _bits(x), _bits(gathered), switches)
     return gathered
 
 
@@ -144,6 +144,9 @@ def _pool_pixels(start, stop, x, pooled, switches, beyond):
 @_loop
 def _pool_planes(start, stop, x, pooled, switches, beyond):
     height, width = pooled.shape[1:]
+    if width < SHORT * 4:
+        _pool_short_rows(start, stop, x, pooled, switches, beyond)
+        return
     for row in range(start, stop):
         n, i = row // height, row % height
         for j in range(width):
@@ -157,12 +160,34 @@ def _pool_planes(start, stop, x, pooled, switches, beyond):
 
 
 @_loop
+def _pool_short_rows(start, stop, x, pooled, switches, beyond):
+    """Many rows at a time: the maxima of one lie in memory right after those of the last one."""
+    height, width = pooled.shape[1:]
+    together = TOGETHER // width + 1
+    a, b, c, d = np.empty((4, together * width), x.dtype)  # the windows' corners, side by side
+    flat_pooled, flat_switches = pooled.reshape(-1), switches.reshape(-1)
+    for first in range(start, stop, together):
+        rows = min(together, stop - first)
+        for r in range(rows):
+            n, i = (first + r) // height, (first + r) % height
+            upper, lower, place = x[n, 2 * i], x[n, 2 * i + 1], r * width
+            for j in range(width):
+                a[place + j], b[place + j] = upper[2 * j], upper[2 * j + 1]
+                c[place + j], d[place + j] = lower[2 * j], lower[2 * j + 1]
+        place = first * width
+        for k in range(rows * width):
+            flat_pooled[place + k], flat_switches[place + k] = _largest(
+                _number(a[k]), _number(b[k]), _number(c[k]), _number(d[k]), beyond
+            )
+
+
+@_loop
 def _unpool_pixels(start, stop, unpooled, x, switches):
     height, width, channels = x.shape[1:]
     for row in range(start, stop):
         n, i = row // height, row % height
-        for place in range(4):
-            for j in range(width):
+        for j in range(width):
+            for place in range(4):
                 for k in range(channels):
                     here = switches[n, i, j, k] == place
                     value = x[n, i, j, k] if here else 0
@@ -208,7 +233,7 @@ def _gather_planes(start, stop, x, gathered, switches):
     height, width = gathered.shape[1:]
     for row in range(start, stop):
         n, i = row // height, row % height
-        if width < SHORT * x.itemsize:
+        if width <= SHORT * x.itemsize:
             for j in range(width):
                 switch = switches[n, i, j]
                 here = switch < 4
@@ -224,28 +249,43 @@ def _gather_planes(start, stop, x, gathered, switches):
             )
 
 
-def _share_rows(
-    loops: tuple[Callable, Callable], large: Tensor, *small: Tensor, settings: tuple = ()
-) -> None:
-    """Runs the loop for the layout of ``large`` over all rows of windows, shared among threads."""
+@_loop
+def _pool(rows, threads, x, pooled, switches, beyond):
+    if x.ndim == 4:
+        in_parallel(_pool_pixels, rows, threads, (x, pooled, switches, beyond))
+    else:
+        in_parallel(_pool_planes, rows, threads, (x, pooled, switches, beyond))
+
+
+@_loop
+def _unpool(rows, threads, unpooled, x, switches):
+    if x.ndim == 4:
+        in_parallel(_unpool_pixels, rows, threads, (unpooled, x, switches))
+    else:
+        in_parallel(_unpool_planes, rows, threads, (unpooled, x, switches))
+
+
+@_loop
+def _gather(rows, threads, x, gathered, switches):
+    if x.ndim == 4:
+        in_parallel(_gather_pixels, rows, threads, (x, gathered, switches))
+    else:
+        in_parallel(_gather_planes, rows, threads, (x, gathered, switches))
+
+
+def _share_rows(loop: Callable, large: Tensor, *small: Tensor, settings: tuple = ()) -> None:
+    """Runs the loop over all rows of windows, in the layout of ``large``."""
     layout = _layout(large)
     pixels = layout == torch.channels_last
 
     def array(x: Tensor) -> np.ndarray:
         x = x.detach().contiguous(memory_format=layout)
-        return (x.permute(0, 2, 3, 1) if pixels else x.flatten(0, x.ndim - 3)).numpy()
+        planes = math.prod(x.shape[:-2]), *x.shape[-2:]
+        return (x.permute(0, 2, 3, 1) if pixels else x.view(planes)).numpy()
 
     arrays = [array(x) for x in (large, *small)]
     rows = arrays[-1].shape[0] * arrays[-1].shape[1]
-    threads = 1 if large.numel() < SMALL else min(torch.get_num_threads(), rows)
-    edges = [rows * i // threads for i in range(threads + 1)]
-    others = [
-        _workers(torch.get_num_threads()).submit(loops[pixels], start, stop, *arrays, *settings)
-        for start, stop in zip(edges[1:], edges[2:])
-    ]
-    loops[pixels](edges[0], edges[1], *arrays, *settings)
-    for other in others:
-        other.result()
+    loop(rows, threads_for(large.numel()), *arrays, *settings)
 
 
 # --- Winograd's sums --------------------------------------------------------------------------
@@ -344,43 +384,6 @@ def transform_output(products, matrix, bias, least, first, y):
                             )
                             value = least if value < least else value  # NaN stays
                             y[n, first + 4 * i + p, 4 * j + q, k] = value
-
-
-# --- the permutohedral lattice -----------------------------------------------------------------
-
-
-def one_step_away(keys: Tensor, step: int) -> Tensor:
-    """The vertices next to each vertex of a lattice along one of its directions.
-
-    What :mod:`deconvnet.permutohedral` otherwise looks up key by key. But keys in order, all
-    moved by the same step, are still in order: one walk along both finds all that are equal.
-
-    Args:
-        keys: integer ``[M]``, ascending, on the CPU.
-        step: How far the key of the next vertex is away.
-
-    Returns:
-        int32 ``[M + 1, 3]``: the vertex before, the vertex itself and the vertex after; ``M``, and
-        so is all of the last row, stands for none.
-    """
-    found = torch.empty(len(keys) + 1, 3, dtype=torch.int32)
-    _walk(keys.numpy(), step, found.numpy())
-    return found
-
-
-@_loop
-def _walk(keys, step, found):
-    missing = len(keys)
-    for i in range(missing + 1):
-        found[i] = missing, i, missing
-    j = 0
-    for i in range(missing):
-        wanted = keys[i] + step
-        while j < missing and keys[j] < wanted:
-            j += 1
-        if j < missing and keys[j] == wanted:
-            found[i, 2] = j
-            found[j, 0] = i
 
 
 # --- threads ----------------------------------------------------------------------------------

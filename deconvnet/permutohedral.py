@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from deconvnet.hardware import compiled_kernels
 
 MIN_ALONE = 0.25  # share of isolated points from which leaving them out saves time
 
-COMPILED_FROM = 2**13  # vertices; fewer are not worth loading compiled code
+COMPILED_FROM = 2**13  # points; fewer are not worth loading compiled code
 
 GPU_ROW = 64  # points at a vertex that one of a GPU's threads adds up; there may be thousands
 
@@ -165,16 +166,17 @@ class PermutohedralLattice:
                 f"got {features.dtype} {tuple(features.shape)}"
             )
         side = features.shape[1] + 1
+        compiled = _compiled_for(features)
         if original:
             multiples, order, barycentric = _round_as_the_original(features)
+            own = 1 + 2.0 ** (1 - side)
+            self.weights = (barycentric / own**0.5).T.contiguous()
+        elif compiled:
+            multiples, order, self.weights = compiled.place_points(
+                features, embedding(side - 1), _paths(side)
+            )
         else:
-            # In double precision: a reduced one, which PyTorch can be set to for products of
-            # matrices, would move points to other simplices.
-            matrix = embedding(side - 1).to(features.device)
-            points = (matrix @ features.T.double()).to(features.dtype)
-            multiples, order, barycentric = _round_down(points)
-        own = 1 + 2.0 ** (1 - side) if original else _self_weight(barycentric)
-        self.weights = (barycentric / own**0.5).T.contiguous()
+            multiples, order, self.weights = _place_points(features)
 
         # A step along direction k takes 1 from multiple k. Two vertices differ in the multiples
         # only up to a common number, so their differences tell the vertices apart; and each, by
@@ -197,29 +199,24 @@ class PermutohedralLattice:
         self._low = least.long() - 2
         self._span, self._place = self._low.new_tensor(spans), self._low.new_tensor(places)
         steps = (F.pad(self._place, (0, 1)) - F.pad(self._place, (1, 0))).to(integers)
-        key = torch.full_like(differences[0], 2 * sum(places), dtype=integers)
-        for numbers, lowest, place in zip(differences, least, places):
-            key.add_((numbers.double() - lowest).to(integers), alpha=place)
-        keys = [key]
-        for reduced in order[:-1]:
-            keys.append(keys[-1] + steps.index_select(0, reduced))
+        first = 2 * sum(places)
+        if compiled:
+            keys = compiled.corner_keys(multiples, order.int(), least, self._place, steps, first)
+        else:
+            keys = _corner_keys(differences, order, least, places, steps, first)
 
         # Sorted, equal keys stand together: each run is a vertex and the points that touch it.
-        keys, origin = torch.stack(keys, dim=1).flatten().sort(stable=True)
-        is_new = torch.ones_like(keys, dtype=torch.bool)
-        is_new[1:] = keys[1:] != keys[:-1]
-        run = is_new.cumsum(dim=0, dtype=torch.int32) - 1
-        starts = is_new.nonzero().flatten()
+        keys, origin = keys.flatten().sort(stable=True)
+        runs = compiled.vertices_of_runs if compiled else _vertices_of_runs
+        starts, self.corners, points, touching = runs(keys, origin, self.weights)
         self._keys = keys[starts]
         self.num_vertices = len(starts)
-        self.corners = torch.empty_like(run).scatter_(0, origin, run).view(-1, side)
-        self.neighbours = _neighbours(self._keys, steps)
+        one_step_away = compiled.one_step_away if compiled else _one_step_away
+        self.neighbours = list(one_step_away(self._keys, steps))
 
         # The last vertex stands for all that are missing: no point touches it.
         starts = F.pad(starts, (0, 2), value=len(origin)).int()
-        touching = self.weights.flatten().index_select(0, origin)
         self._starts = starts
-        points = (origin.double() / side).int()  # no processor divides integers side by side
         self._to_vertices = SparseMatrix(points, touching, starts)
         if features.is_cuda:
             self._to_vertices = self._to_vertices.in_pieces(GPU_ROW)
@@ -376,28 +373,63 @@ def lattice_filter(features: Tensor) -> PermutohedralLattice | ThinnedLattice:
     return ThinnedLattice(lattice, features)
 
 
-def _self_weight(barycentric: Tensor) -> Tensor:
-    # Blurring carries weight from a corner to another along the directions between them, or
-    # backwards along all the others, and halves it at every step. Once around the ring of corners,
-    # either way, it also returns to its own.
-    side = len(barycentric)
-    index = torch.arange(side, device=barycentric.device)
+def _compiled_for(features: Tensor) -> ModuleType | None:
+    """Compiled loops that find the vertices of these points, if there are any."""
+    if features.device.type != "cpu" or features.dtype != torch.float32:
+        return None
+    return compiled_kernels("deconvnet.crf_kernels") if len(features) >= COMPILED_FROM else None
+
+
+def _place_points(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`deconvnet.crf_kernels.place_points`."""
+    side = features.shape[1] + 1
+    # In double precision: a reduced one, which PyTorch can be set to for products of matrices,
+    # would move points to other simplices.
+    matrix = embedding(side - 1).to(features.device)
+    points = (matrix @ features.T.double()).to(features.dtype)
+    multiples, order, barycentric = _round_down(points)
+    own = (_paths(side).to(barycentric) @ barycentric * barycentric).sum(dim=0)
+    return multiples, order, (barycentric / own**0.5).T.contiguous()
+
+
+def _paths(side: int) -> Tensor:
+    """What blurring carries from one corner of a simplex to another: ``[d + 1, d + 1]``.
+
+    It does so along the directions between them, or backwards along all the others, and halves it
+    at every step. Once around the ring of corners, either way, it also returns to its own.
+    """
+    index = torch.arange(side)
     apart = (index - index[:, None]) % side
-    path = 0.5**apart + 0.5 ** (side - apart) + (apart == 0) * 0.5**side
-    return (path.to(barycentric) @ barycentric * barycentric).sum(dim=0)
+    return 0.5**apart + 0.5 ** (side - apart) + (apart == 0) * 0.5**side
 
 
-def _neighbours(keys: Tensor, steps: Tensor) -> list[Tensor]:
-    """The attribute ``neighbours`` of a lattice whose vertices have these keys, in order."""
-    if keys.device.type == "cpu" and len(keys) >= COMPILED_FROM:
-        kernels = compiled_kernels()
-        if kernels is not None:
-            return kernels.share(kernels.one_step_away, [(keys, step) for step in steps.tolist()])
-    return list(_one_step_away(keys, steps))
+def _corner_keys(
+    differences: Tensor, order: Tensor, least: Tensor, places: list[int], steps: Tensor, first: int
+) -> Tensor:
+    """:func:`deconvnet.crf_kernels.corner_keys`, from the differences of the multiples."""
+    key = torch.full_like(differences[0], first, dtype=steps.dtype)
+    for numbers, lowest, place in zip(differences, least, places):
+        key.add_((numbers.double() - lowest).to(steps.dtype), alpha=place)
+    keys = [key]
+    for reduced in order[:-1]:
+        keys.append(keys[-1] + steps.index_select(0, reduced))
+    return torch.stack(keys, dim=1)
+
+
+def _vertices_of_runs(
+    keys: Tensor, origin: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`deconvnet.crf_kernels.vertices_of_runs`."""
+    is_new = torch.ones_like(keys, dtype=torch.bool)
+    is_new[1:] = keys[1:] != keys[:-1]
+    run = is_new.cumsum(dim=0, dtype=torch.int32) - 1
+    corners = torch.empty_like(run).scatter_(0, origin, run).view(weights.shape)
+    points = (origin.double() / weights.shape[1]).int()  # few processors divide many integers
+    return is_new.nonzero().flatten(), corners, points, weights.flatten().index_select(0, origin)
 
 
 def _one_step_away(keys: Tensor, steps: Tensor) -> Tensor:
-    """:func:`deconvnet.kernels.one_step_away`, for all steps: int32 ``[d + 1, M + 1, 3]``."""
+    """:func:`deconvnet.crf_kernels.one_step_away`."""
     missing = len(keys)
     wanted = keys + steps[:, None]
     found = torch.searchsorted(keys, wanted, out_int32=True).clamp_(max=missing - 1)

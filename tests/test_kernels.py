@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,6 +22,7 @@ from deconvnet.unpooling import max_pool2d_with_switches
 from deconvnet.winograd import WinogradConvolution
 
 kernels = pytest.importorskip("deconvnet.kernels", reason="needs Numba")
+openmp = pytest.importorskip("deconvnet.openmp", reason="needs Numba")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -29,7 +31,7 @@ def test_same_values_as_tensors(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unpooling, "COMPILED_FROM", 0)
-    monkeypatch.setattr(kernels, "SMALL", 64)  # so that threads share even these
+    monkeypatch.setattr(openmp, "VALUES_A_THREAD", 64)  # so that threads share even these
     x = a_map(shape, layout, dtype)
     used = []
     pool = kernels.max_pool
@@ -95,22 +97,6 @@ def test_a_switch_out_of_range_drops_its_value() -> None:
     unpooled = kernels.unpool(x, switches)
     assert torch.equal(F.avg_pool2d(unpooled, 2) * 4, x * (switches < 4))
     assert torch.equal(kernels.gather(unpooled, switches), x * (switches < 4))
-
-
-@pytest.mark.parametrize("step", [1, 2, 3, 40, -3])
-def test_one_walk_finds_all_vertices_one_step_away(step: int) -> None:
-    """The loop, compiled and as plain Python, against a look-up of every key."""
-    values = [0, 1, 2, 5, 7, 8, 11, 47, 51]
-    place = {value: i for i, value in enumerate(values)}
-    none = len(values)
-    expected = [[place.get(v - step, none), i, place.get(v + step, none)] for v, i in place.items()]
-    expected.append([none, none, none])
-    for dtype in (torch.int32, torch.int64):
-        keys = torch.tensor(values, dtype=dtype)
-        assert kernels.one_step_away(keys, step).tolist() == expected
-    found = np.empty((none + 1, 3), np.int32)
-    kernels._walk.py_func(keys.numpy(), step, found)
-    assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -207,20 +193,16 @@ def test_threads_follow_inference_mode(two_threads) -> None:
         )
 
 
-def _pooled_sum(x: Tensor) -> float:
-    return float(kernels.max_pool(x)[0].sum())
+def _squares(_: object) -> list:
+    return kernels.share(lambda x: x * x, [(2,), (3,), (4,)])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_makes_its_own_threads(
-    two_threads, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "SMALL", 1)
-    x = torch.arange(256.0).view(1, 1, 16, 16)
-    expected = _pooled_sum(x)
+def test_a_forked_process_makes_its_own_threads(two_threads) -> None:
+    assert _squares(None) == [4, 9, 16]
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply_async(_pooled_sum, (x,)).get(timeout=60) == expected
+        assert pool.apply_async(_squares, (None,)).get(timeout=60) == [4, 9, 16]
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -250,17 +232,9 @@ def test_a_prepared_network_with_and_without(
 
 
 def test_without_numba_tensors_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import builtins
-
-    real = builtins.__import__
-
-    def without(name: str, *args, **kwargs):
-        if name == "deconvnet" and args[2:] and "kernels" in (args[2] or ()):
-            raise ImportError("No module named 'numba'")
-        return real(name, *args, **kwargs)
-
     hardware.compiled_kernels.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.delitem(sys.modules, "deconvnet.kernels")
+    monkeypatch.setitem(sys.modules, "numba", None)  # as if it were not installed
     try:
         assert hardware.compiled_kernels() is None
         x = torch.randn(2, 8, 32, 32)
