@@ -22,7 +22,7 @@ from deconvnet import recipes
 from deconvnet.crf import CRFConfig
 from deconvnet.evaluation import evaluate, provenance, read_log, record, stage_labels
 from deconvnet.fcn import FCN8s
-from deconvnet.files import atomic_write, file_digest, sole_use
+from deconvnet.files import atomic_write, check_writable, file_digest, sole_use
 from deconvnet.folders import open_dataset
 from deconvnet.hardware import default_device, join_processes, keep_memory
 from deconvnet.inference import InferenceConfig, Predictor
@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
         "runs/voc2/weights.safetensors -o mine/net.safetensors --encoder-of mine/fcn.safetensors",
     )
     sub.add_argument("weights", help="weights: a file, or a shipped name")
-    sub.add_argument("-o", "--out", type=Path, required=True, help=".safetensors to write")
+    sub.add_argument("-o", "--out", type=_file, required=True, help=".safetensors to write")
     sub.add_argument("--dtype", choices=["int8", "float16"], default="int8", help="(int8)")
     sub.add_argument(
         "--encoder-of", type=Path, help="file in the same folder that has the same encoder"
@@ -200,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
         "--data data/shapes --deconvnet shapes-deconvnet --fcn shapes-fcn",
     )
     _add_data(sub, split="val")
-    sub.add_argument("--out", type=Path, help="results as JSON")
+    sub.add_argument("--out", type=_file, help="results as JSON")
     sub.add_argument("--limit", type=int, help="only the first so many images")
     sub.add_argument("--cache", type=Path, help="cache folder of proposals")
     _add_method(sub)
@@ -225,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
         "--data VOCdevkit/VOC2012 --split train_aug --recipe voc2012 --cache cache/voc",
     )
     sub.add_argument("image", type=Path, nargs="?")
-    sub.add_argument("-o", "--out", type=Path, help="JSON of boxes and scores")
+    sub.add_argument("-o", "--out", type=_file, help="JSON of boxes and scores")
     sub.add_argument("--data", type=Path, help="data set, see deconvnet.folders")
     sub.add_argument("--split", default="train")
     sub.add_argument("--limit", type=int, help="only the first so many images")
@@ -291,10 +291,18 @@ def _device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {reason}") from None
 
 
+def _file(name: str) -> Path:
+    try:
+        check_writable(name)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(name)
+
+
 def _png(name: str) -> Path:
     if Path(name).suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"{name!r} must end in .png")
-    return Path(name)
+    return _file(name)
 
 
 # --- the commands -----------------------------------------------------------------------------

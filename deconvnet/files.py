@@ -40,6 +40,25 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Finds out before the work that its result could not be written.
+
+    Args:
+        path: The file to write. Missing folders are left to :func:`atomic_write`.
+
+    Raises:
+        OSError: It is a folder, or within a file, or in a folder where this process may not write.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the name of a file, this is a folder")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path}: {folder} is a file, expected a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: {folder} is a folder without permission to write")
+
+
 _held: dict[Path, int] = {}  # folders that this process has for itself, and their handles
 
 if hasattr(os, "register_at_fork"):  # a process that is forked does not keep its parent's locks

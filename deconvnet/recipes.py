@@ -73,7 +73,7 @@ def tiny() -> Recipe:
         stage1=small,
         stage2=replace(small, iterations=1_000),  # twice stage 1, as in the paper
         single=replace(small, iterations=1_500),  # both stages together, to compare fairly
-        inference=InferenceConfig(batch_size=50),
+        inference=InferenceConfig(batch_size=50, max_side=500),  # the shapes' have at most 208
         edge_boxes=EdgeBoxesConfig.tiny(),
         balance=0.5,
     )

@@ -827,6 +827,8 @@ def test_segment_bad_input(
     assert "gone.yml.gz" in fails(capsys, *command(photo, "--edge-model", "gone.yml.gz"))
     assert "'out.jpg' must end in .png" in refused(capsys, "segment", photo, "-o", "out.jpg")
     assert "must end in .png" in refused(capsys, *command(photo, "--overlay", "o.gif"))
+    within = Path(photo, "labels.png")  # known before the networks are loaded
+    assert f"{within}: {photo} is a file" in refused(capsys, "segment", photo, "-o", within)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -1065,7 +1067,7 @@ def test_proposals_bad_input(
     for workers in (0, -1):
         assert "workers must be at least 1" in fails(capsys, *command, "--workers", workers)
     assert "gone.yml.gz" in fails(capsys, "proposals", photo, "--edge-model", "gone.yml.gz")
-    assert "is a directory" in fails(capsys, "proposals", photo, "-o", tmp_path).lower()
+    assert "this is a folder" in refused(capsys, "proposals", photo, "-o", tmp_path)
 
 
 # demo, and the weights that ship
@@ -1090,6 +1092,8 @@ def test_demo(
     _, height, width = read_image(out).shape
     assert width > 2 * height > 200
     assert "must end in .png" in refused(capsys, "demo", "-o", "demo.pdf")
+    (tmp_path / "folder.png").mkdir()
+    assert "this is a folder" in refused(capsys, "demo", "-o", tmp_path / "folder.png")
 
 
 def test_shipped_weights_are_missing(

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from deconvnet import files
-from deconvnet.files import atomic_write, sole_use
+from deconvnet.files import atomic_write, check_writable, sole_use
 
 
 def test_the_file_appears_whole_and_alone(tmp_path):
@@ -169,3 +169,20 @@ def test_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "fcntl", None)
     with sole_use(tmp_path):
         pass
+
+
+def test_a_place_for_a_result_is_looked_at_before_the_work(tmp_path, monkeypatch):
+    for path in (tmp_path / "out.png", tmp_path / "new" / "folder" / "out.png"):
+        check_writable(path)
+    assert os.listdir(tmp_path) == []  # nothing is made
+    monkeypatch.chdir(tmp_path)
+    check_writable("out.png")
+    with pytest.raises(IsADirectoryError, match="this is a folder"):
+        check_writable(tmp_path)
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file")  # it will be replaced
+    with pytest.raises(NotADirectoryError, match="file is a file, expected a folder"):
+        check_writable(tmp_path / "file" / "new" / "out.png")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(PermissionError, match="without permission to write"):
+        check_writable(tmp_path / "out.png")

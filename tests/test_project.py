@@ -23,7 +23,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "book"
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
-PAGES = sorted(BOOK.glob("*.md"))
+PAGES = sorted(BOOK.rglob("*.md"))
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
@@ -160,15 +160,17 @@ def test_the_badge_opens_this_very_notebook(path: Path) -> None:
 
 
 def test_the_toc_lists_every_page_once_and_no_other() -> None:
-    chapters = [c["file"] for part in TOC["parts"] for c in part["chapters"]]
-    listed = [TOC["root"], *chapters]
+    chapters = [c for part in TOC["parts"] for c in part["chapters"]]
+    sections = [s for chapter in chapters for s in chapter.get("sections", ())]
+    listed = [TOC["root"], *(entry["file"] for entry in [*chapters, *sections])]
     assert len(set(listed)) == len(listed)
-    assert set(listed) == {f"book/{p.stem}" for p in [*NOTEBOOKS, *PAGES]}
+    files = [p.relative_to(ROOT).with_suffix("") for p in [*NOTEBOOKS, *PAGES]]
+    assert set(listed) == {p.as_posix() for p in files}
 
 
 def test_the_reference_documents_every_module() -> None:
     modules = {p.stem for p in (ROOT / "deconvnet").glob("*.py") if not p.stem.startswith("_")}
-    text = (BOOK / "api.md").read_text(encoding="utf-8")
+    text = "".join(p.read_text(encoding="utf-8") for p in (BOOK / "api").glob("*.md"))
     assert set(re.findall(r"automodule:: deconvnet\.(\w+)", text)) == modules
 
 
