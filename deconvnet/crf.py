@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -355,12 +356,24 @@ def _pixels_first(logits: Tensor) -> Tensor:
 
 def _add_and_softmax(votes: Tensor, logits: Tensor) -> Tensor:
     """The softmax of what each pixel hears and of what it thinks itself; uses up the votes."""
-    plain = votes.dtype == torch.float32 and votes.device.type == "cpu" and not votes.requires_grad
-    if plain and not logits.requires_grad and len(votes) >= COMPILED_FROM:
-        compiled = compiled_kernels("deconvnet.crf_kernels")
-        if compiled:
-            return compiled.add_and_softmax(votes.contiguous(), logits)
+    compiled = _compiled_for(votes, logits)
+    if compiled:
+        return compiled.add_and_softmax(votes.contiguous(), logits)
     return _softmax(votes.add_(logits))
+
+
+def _compiled_for(*maps: Tensor) -> ModuleType | None:
+    """Compiled loops for maps ``[N, C]`` of this kind, if there are any."""
+    if torch.compiler.is_compiling() or len(maps[0]) < COMPILED_FROM:
+        return None
+    plain = all(
+        type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not x.requires_grad
+        for x in maps
+    )
+    return compiled_kernels("deconvnet.crf_kernels") if plain else None
 
 
 def _softmax(logits: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deconvnet.gaussian import NEGLIGIBLE
 from deconvnet.openmp import in_parallel, threads_for
 
 BLOCK = 64
@@ -24,6 +25,7 @@ BLOCK = 64
 # Without Python's lock; the machine code is kept on disk.
 _loop = numba.njit(nogil=True, cache=True, error_model="numpy")
 _sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+_products = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 
 
 # --- the mean field ----------------------------------------------------------------------------
@@ -32,6 +34,7 @@ _sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contr
 _ONE, _HALF, _ZERO = np.float32(1), np.float32(0.5), np.float32(0)
 _LEAST, _MOST = np.float32(-80), np.float32(80)  # exponents whose powers stay clear of its ends
 _LOWEST_SUM, _HIGHEST_SUM = np.float32(1e-4), np.float32(1e30)
+_NEGLIGIBLE = np.float32(NEGLIGIBLE)
 _PER_LOG_2 = np.float32(1 / math.log(2))
 _LOG_2_COARSE = np.float32(0.693359375)  # nine bits: its product with a whole number is exact
 _LOG_2_REST = np.float32(math.log(2) - 0.693359375)
@@ -49,13 +52,18 @@ def add_and_softmax(votes: Tensor, logits: Tensor) -> Tensor:
         logits: likewise.
 
     Returns:
-        ``votes``, where what is below 1e-30 may be 0.
+        ``votes``, where what is below ``NEGLIGIBLE`` of :mod:`deconvnet.gaussian` is 0.
+
+    Raises:
+        ValueError: The shapes differ.
     """
+    if votes.shape != logits.shape:
+        raise ValueError(f"votes {tuple(votes.shape)} and logits {tuple(logits.shape)} differ")
     _add_and_softmax(len(votes), threads_for(votes.numel()), votes.numpy(), logits.numpy())
     return votes
 
 
-@_sums
+@_products  # in this order: the rest is what the first of two products has left
 def _power(x):
     """``exp(x)`` from ``_LEAST`` to ``_MOST``: ``2^n * exp(rest)`` with a rest near 0."""
     whole = np.floor(x * _PER_LOG_2 + _HALF)
@@ -91,7 +99,8 @@ def _softmax_block(values, logits, sums, factors):
     for i in range(rows):
         factor = factors[i]
         for k in range(labels):
-            values[i, k] *= factor
+            belief = values[i, k] * factor
+            values[i, k] = belief if belief >= _NEGLIGIBLE else _ZERO
     for i in range(rows):
         if factors[i] == _ZERO:
             values[i] = sums[i * labels : (i + 1) * labels]
@@ -133,7 +142,7 @@ def place_points(features: Tensor, matrix: Tensor, paths: Tensor) -> tuple[Tenso
     Args:
         features: float32 ``[N, d]`` on the CPU.
         matrix: float64 ``[d + 1, d]``, from :func:`deconvnet.permutohedral.embedding`.
-        paths: ``[d + 1, d + 1]``, what blurring carries from one corner to another.
+        paths: float32 ``[d + 1, d + 1]``, what blurring carries from one corner to another.
 
     Returns:
         float32 ``[d + 1, N]``, the multiples of the first corner; int32 ``[d + 1, N]``, the
@@ -141,11 +150,10 @@ def place_points(features: Tensor, matrix: Tensor, paths: Tensor) -> tuple[Tenso
         weighs 1 in its own sum.
     """
     number, side = len(features), len(matrix)
-    multiples = torch.empty(side, number)
-    order = torch.empty(side, number, dtype=torch.int32)
-    weights = torch.empty(number, side)
+    multiples, weights = features.new_empty(side, number), features.new_empty(number, side)
+    order = torch.empty_like(multiples, dtype=torch.int32)
     columns = features.T.contiguous()
-    arrays = [x.numpy() for x in (columns, matrix, paths.float(), multiples, order, weights)]
+    arrays = [x.numpy() for x in (columns, matrix, paths, multiples, order, weights)]
     _place(number, threads_for(multiples.numel()), *arrays)
     return multiples, order, weights
 
@@ -229,7 +237,7 @@ def corner_keys(
     Returns:
         ``[N, d + 1]``.
     """
-    keys = torch.empty(multiples.shape[1], len(multiples), dtype=steps.dtype)
+    keys = steps.new_empty(multiples.shape[1], len(multiples))
     arrays = [x.numpy() for x in (multiples, order, least, places, steps)]
     _key(len(keys), threads_for(keys.numel()), *arrays, first, keys.numpy())
     return keys
@@ -269,14 +277,14 @@ def vertices_of_runs(
         int64 ``[M]``, where each run starts; int32 ``[N, d + 1]``, the vertices at each point;
         int32 ``[E]``, the points, run by run; ``[E]``, their weights there.
     """
-    points = torch.empty(len(keys), dtype=torch.int32)
-    corners = torch.empty(weights.shape, dtype=torch.int32)
-    touching = torch.empty(len(keys), dtype=weights.dtype)
+    points = torch.empty_like(keys, dtype=torch.int32)
+    corners = torch.empty_like(weights, dtype=torch.int32)
+    touching = weights.new_empty(len(keys))
     threads = threads_for(len(keys))
-    found = torch.empty(threads, dtype=torch.int64)
+    found = origin.new_empty(threads)
     _count_runs(threads, keys.numpy(), found.numpy())
     vertices = torch.cat([found.new_zeros(1), found.cumsum(0)])  # before each thread's part
-    starts = torch.empty(int(vertices[-1]), dtype=torch.int64)
+    starts = origin.new_empty(int(vertices[-1]))
     arrays = [x.numpy() for x in (keys, origin, weights, starts, corners, points, touching)]
     _list_runs(threads, vertices.numpy(), *arrays)
     return starts, corners, points, touching
@@ -332,8 +340,8 @@ def one_step_away(keys: Tensor, steps: Tensor) -> Tensor:
         int32 ``[d + 1, M + 1, 3]``: the vertex before, the vertex itself and the vertex after;
         ``M``, and so is all of the last row, stands for none.
     """
-    found = torch.empty(len(steps), len(keys) + 1, 3, dtype=torch.int32)
-    threads = min(torch.get_num_threads(), len(steps))
+    found = keys.new_empty(len(steps), len(keys) + 1, 3, dtype=torch.int32)
+    threads = threads_for(found.numel())
     _walk(len(steps), threads, keys.numpy(), steps.numpy(), found.numpy())
     return found
 

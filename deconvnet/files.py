@@ -52,9 +52,11 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected the name of a file, this is a folder")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = path.absolute().parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     if not folder.is_dir():
-        raise NotADirectoryError(f"{path}: {folder} is a file, expected a folder")
+        raise NotADirectoryError(f"{path}: {folder} is no folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{path}: {folder} is a folder without permission to write")
 

@@ -172,9 +172,8 @@ class PermutohedralLattice:
             own = 1 + 2.0 ** (1 - side)
             self.weights = (barycentric / own**0.5).T.contiguous()
         elif compiled:
-            multiples, order, self.weights = compiled.place_points(
-                features, embedding(side - 1), _paths(side)
-            )
+            matrix, paths = embedding(side - 1).to(features.device), _paths(side).to(features)
+            multiples, order, self.weights = compiled.place_points(features, matrix, paths)
         else:
             multiples, order, self.weights = _place_points(features)
 
@@ -375,13 +374,18 @@ def lattice_filter(features: Tensor) -> PermutohedralLattice | ThinnedLattice:
 
 def _compiled_for(features: Tensor) -> ModuleType | None:
     """Compiled loops that find the vertices of these points, if there are any."""
-    if features.device.type != "cpu" or features.dtype != torch.float32:
+    plain = type(features) is Tensor and not features.requires_grad
+    if not plain or torch.compiler.is_compiling() or len(features) < COMPILED_FROM:
         return None
-    return compiled_kernels("deconvnet.crf_kernels") if len(features) >= COMPILED_FROM else None
+    on_cpu = features.device.type == "cpu" and features.dtype == torch.float32
+    return compiled_kernels("deconvnet.crf_kernels") if on_cpu else None
 
 
 def _place_points(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`deconvnet.crf_kernels.place_points`."""
+    """Multiples and order of each point's simplex, and its weights at the corners.
+
+    Compiled, :func:`deconvnet.crf_kernels.place_points`; likewise the three that follow.
+    """
     side = features.shape[1] + 1
     # In double precision: a reduced one, which PyTorch can be set to for products of matrices,
     # would move points to other simplices.
@@ -406,7 +410,7 @@ def _paths(side: int) -> Tensor:
 def _corner_keys(
     differences: Tensor, order: Tensor, least: Tensor, places: list[int], steps: Tensor, first: int
 ) -> Tensor:
-    """:func:`deconvnet.crf_kernels.corner_keys`, from the differences of the multiples."""
+    """A number for every corner of every point's simplex, ``[N, d + 1]``."""
     key = torch.full_like(differences[0], first, dtype=steps.dtype)
     for numbers, lowest, place in zip(differences, least, places):
         key.add_((numbers.double() - lowest).to(steps.dtype), alpha=place)
@@ -419,7 +423,7 @@ def _corner_keys(
 def _vertices_of_runs(
     keys: Tensor, origin: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`deconvnet.crf_kernels.vertices_of_runs`."""
+    """Where each run of equal keys starts, the vertices at each point, and the runs' points."""
     is_new = torch.ones_like(keys, dtype=torch.bool)
     is_new[1:] = keys[1:] != keys[:-1]
     run = is_new.cumsum(dim=0, dtype=torch.int32) - 1
@@ -429,7 +433,7 @@ def _vertices_of_runs(
 
 
 def _one_step_away(keys: Tensor, steps: Tensor) -> Tensor:
-    """:func:`deconvnet.crf_kernels.one_step_away`."""
+    """The vertices before and after each one, along every direction: ``[d + 1, M + 1, 3]``."""
     missing = len(keys)
     wanted = keys + steps[:, None]
     found = torch.searchsorted(keys, wanted, out_int32=True).clamp_(max=missing - 1)

@@ -828,7 +828,7 @@ def test_segment_bad_input(
     assert "'out.jpg' must end in .png" in refused(capsys, "segment", photo, "-o", "out.jpg")
     assert "must end in .png" in refused(capsys, *command(photo, "--overlay", "o.gif"))
     within = Path(photo, "labels.png")  # known before the networks are loaded
-    assert f"{within}: {photo} is a file" in refused(capsys, "segment", photo, "-o", within)
+    assert f"{within}: {photo} is no folder" in refused(capsys, "segment", photo, "-o", within)
     assert sorted(tmp_path.iterdir()) == before
 
 

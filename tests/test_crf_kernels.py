@@ -87,9 +87,15 @@ def test_rows_out_of_range_are_done_with_more_care(row: list[float]) -> None:
 def test_what_is_far_below_the_sum_is_nothing() -> None:
     """Not one of the numbers near the end of float32's range, which are slow to compute with."""
     logits = -torch.arange(0.0, 120.0).repeat(4, 1)
+    logits[1:] += torch.tensor([[5.0], [30.0], [60.0]])  # the sum is anything up to 1e30
     found = kernels.add_and_softmax(torch.zeros_like(logits), logits)
     assert ((found == 0) | (found > torch.finfo(torch.float32).tiny)).all()
     assert (found == 0).any()
+
+
+def test_shapes_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="differ"):
+        kernels.add_and_softmax(torch.zeros(3, 2), torch.zeros(2, 2))
 
 
 def test_powers() -> None:
@@ -108,13 +114,29 @@ def test_beliefs_are_those_of_tensors(everywhere, monkeypatch: pytest.MonkeyPatc
     assert len(used) == 5
     expected = without(monkeypatch, lambda: mean_field(unary, fields, 5))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    for learned in (True, False):  # gradients and other types are for tensors
-        mean_field(unary.clone().requires_grad_() if learned else unary.double(), (), 1)
+
+
+def test_what_is_learned_or_of_another_type_is_for_tensors(
+    everywhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, unary = a_picture()
+    monkeypatch.setattr(kernels, "add_and_softmax", lambda *maps: pytest.fail("compiled"))
+    fields = pairwise_kernels(image, CRFConfig(), "lattice")
+    learned = unary.clone().requires_grad_()
+    mean_field(learned, fields, 2).square().sum().backward()
+    assert learned.grad.abs().sum() > 0
     weights = torch.ones(2, requires_grad=True)
-    mean_field(unary, pairwise_kernels(image, CRFConfig(), "lattice", weights=weights), 1)
-    fields = pairwise_kernels(image, CRFConfig(), "lattice", torch.float64)
-    mean_field(unary.double(), fields, 1)
-    assert len(used) == 5
+    fields = pairwise_kernels(image, CRFConfig(), "lattice", weights=weights)
+    mean_field(unary, fields, 2).square().sum().backward()
+    assert weights.grad.abs().sum() > 0
+    mean_field(unary.double(), pairwise_kernels(image, CRFConfig(), "lattice", torch.float64), 1)
+    answers = torch.zeros(unary[0].numel(), unary.shape[0] + -unary.shape[0] % crf.LABELS_AT_ONCE)
+
+    class OfAnotherType:
+        def message(self, beliefs: Tensor) -> Tensor:
+            return answers.clone()
+
+    mean_field(unary.double(), [OfAnotherType()], 1)
 
 
 # --- the lattice -------------------------------------------------------------------------------
@@ -194,6 +216,27 @@ def test_one_walk_finds_all_vertices_one_step_away(keys: torch.dtype) -> None:
     ]
     found = kernels.one_step_away(torch.tensor(values, dtype=keys), torch.tensor(steps, dtype=keys))
     assert found.tolist() == expected
+
+
+def test_features_that_are_learned_are_for_tensors(everywhere) -> None:
+    """Which cannot be asked for their memory; the lattice itself passes no gradient on to them."""
+    features = torch.randn(200, 3)
+    for original in (False, True):
+        found = facts(PermutohedralLattice(features.clone().requires_grad_(), original))
+        expected = facts(PermutohedralLattice(features, original))
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_default_type_changes_nothing(everywhere) -> None:
+    features = torch.randn(200, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        sums = PermutohedralLattice(features)(torch.ones(200, 1, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums, PermutohedralLattice(features)(torch.ones(200, 1)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -181,7 +181,7 @@ def test_a_place_for_a_result_is_looked_at_before_the_work(tmp_path, monkeypatch
         check_writable(tmp_path)
     (tmp_path / "file").touch()
     check_writable(tmp_path / "file")  # it will be replaced
-    with pytest.raises(NotADirectoryError, match="file is a file, expected a folder"):
+    with pytest.raises(NotADirectoryError, match="file is no folder"):
         check_writable(tmp_path / "file" / "new" / "out.png")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(PermissionError, match="without permission to write"):
