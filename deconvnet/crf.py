@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +33,7 @@ from deconvnet.gaussian import (
     Filter,
     GridGaussian,
 )
-from deconvnet.hardware import compiled_kernels
-from deconvnet.permutohedral import COMPILED_FROM, PermutohedralLattice, lattice_filter
+from deconvnet.permutohedral import PermutohedralLattice, compiled_for, lattice_filter
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 METHODS = ("auto", "exact", "lattice", "original")
@@ -356,24 +354,10 @@ def _pixels_first(logits: Tensor) -> Tensor:
 
 def _add_and_softmax(votes: Tensor, logits: Tensor) -> Tensor:
     """The softmax of what each pixel hears and of what it thinks itself; uses up the votes."""
-    compiled = _compiled_for(votes, logits)
+    compiled = compiled_for(votes, logits)
     if compiled:
         return compiled.add_and_softmax(votes.contiguous(), logits)
     return _softmax(votes.add_(logits))
-
-
-def _compiled_for(*maps: Tensor) -> ModuleType | None:
-    """Compiled loops for maps ``[N, C]`` of this kind, if there are any."""
-    if torch.compiler.is_compiling() or len(maps[0]) < COMPILED_FROM:
-        return None
-    plain = all(
-        type(x) is Tensor
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not x.requires_grad
-        for x in maps
-    )
-    return compiled_kernels("deconvnet.crf_kernels") if plain else None
 
 
 def _softmax(logits: Tensor) -> Tensor:

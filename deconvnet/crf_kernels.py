@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from deconvnet.gaussian import NEGLIGIBLE
-from deconvnet.openmp import in_parallel, threads_for
+from deconvnet.openmp import HAS_OPENMP, in_parallel, threads_for
 
 BLOCK = 64
 """Points at a time: enough for a processor to work on eight or sixteen neighbours together."""
+
+SHARES_WORK = HAS_OPENMP
+"""Whether these loops run on as many threads as PyTorch's operations; on one they would lose."""
 
 # Without Python's lock; the machine code is kept on disk.
 _loop = numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -160,6 +163,7 @@ def place_points(features: Tensor, matrix: Tensor, paths: Tensor) -> tuple[Tenso
 
 @_loop
 def _place_some(start, stop, features, matrix, paths, multiples, order, weights):
+    """The steps of ``_place_points`` and ``_round_down`` in :mod:`deconvnet.permutohedral`."""
     side = len(matrix)
     bits = 0
     while 2**bits <= side:
@@ -172,7 +176,7 @@ def _place_some(start, stop, features, matrix, paths, multiples, order, weights)
     first_share, own = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for first in range(start, stop, BLOCK):
         count = min(BLOCK, stop - first)
-        for k in range(side):
+        for k in range(side):  # embed the points, round down, keep what remains
             place[:] = 0
             for j in range(max(k - 1, 0), side - 1):  # the others are zeros
                 factor, column = matrix[k, j], features[j]
@@ -190,12 +194,12 @@ def _place_some(start, stop, features, matrix, paths, multiples, order, weights)
                 for p in range(count):
                     a, b = lower[p], upper[p]
                     lower[p], upper[p] = min(a, b), max(a, b)
-        for k in range(side):
+        for k in range(side):  # take the sorted remainders and their coordinates apart
             line, turns, shares = rest[k], order[k], share[k]
             for p in range(count):
                 turns[first + p] = line[p] & last_bits
                 shares[p] = np.float32(line[p] >> bits) / one
-        for p in range(count):
+        for p in range(count):  # the gaps between remainders are the weights
             first_share[p] = 1 + share[0, p] - share[side - 1, p]
         for k in range(side - 1, 0, -1):
             upper, lower = share[k], share[k - 1]
@@ -203,7 +207,7 @@ def _place_some(start, stop, features, matrix, paths, multiples, order, weights)
                 upper[p] -= lower[p]
         share[0] = first_share
         own[:] = 0
-        for k in range(side):
+        for k in range(side):  # what of a point's weight would come back to it
             for j in range(side):
                 here, there, factor = share[k], share[j], paths[k, j]
                 for p in range(count):

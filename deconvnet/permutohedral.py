@@ -166,7 +166,7 @@ class PermutohedralLattice:
                 f"got {features.dtype} {tuple(features.shape)}"
             )
         side = features.shape[1] + 1
-        compiled = _compiled_for(features)
+        compiled = compiled_for(features)
         if original:
             multiples, order, barycentric = _round_as_the_original(features)
             own = 1 + 2.0 ** (1 - side)
@@ -372,13 +372,20 @@ def lattice_filter(features: Tensor) -> PermutohedralLattice | ThinnedLattice:
     return ThinnedLattice(lattice, features)
 
 
-def _compiled_for(features: Tensor) -> ModuleType | None:
-    """Compiled loops that find the vertices of these points, if there are any."""
-    plain = type(features) is Tensor and not features.requires_grad
-    if not plain or torch.compiler.is_compiling() or len(features) < COMPILED_FROM:
+def compiled_for(*values: Tensor) -> ModuleType | None:
+    """:mod:`deconvnet.crf_kernels`, if it is of use for these values of points.
+
+    Args:
+        values: ``[N, ...]`` each.
+    """
+    if torch.compiler.is_compiling() or len(values[0]) < COMPILED_FROM:
         return None
-    on_cpu = features.device.type == "cpu" and features.dtype == torch.float32
-    return compiled_kernels("deconvnet.crf_kernels") if on_cpu else None
+    if not all(type(x) is Tensor and x.dtype == torch.float32 for x in values):
+        return None
+    if any(x.device.type != "cpu" or x.requires_grad for x in values):
+        return None
+    kernels = compiled_kernels("deconvnet.crf_kernels")
+    return kernels if kernels and kernels.SHARES_WORK else None
 
 
 def _place_points(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

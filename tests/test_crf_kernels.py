@@ -20,14 +20,12 @@ kernels = pytest.importorskip("deconvnet.crf_kernels", reason="needs Numba")
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even the smallest pictures are for compiled loops."""
     monkeypatch.setattr(permutohedral, "COMPILED_FROM", 0)
-    monkeypatch.setattr(crf, "COMPILED_FROM", 0)
 
 
 def without(monkeypatch: pytest.MonkeyPatch, call: Callable) -> object:
     """What tensors give."""
     with monkeypatch.context() as patch:
         patch.setattr(permutohedral, "compiled_kernels", lambda module: None)
-        patch.setattr(crf, "compiled_kernels", lambda module: None)
         return call()
 
 
@@ -248,8 +246,13 @@ def test_what_is_not_finite_is_refused(value: float, everywhere) -> None:
 
 
 def test_few_points_are_left_to_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So are those where loops would run on a single thread."""
     asked = []
-    monkeypatch.setattr(permutohedral, "compiled_kernels", asked.append)
+    monkeypatch.setattr(
+        permutohedral, "compiled_kernels", lambda name: asked.append(name) or kernels
+    )
+    monkeypatch.setattr(kernels, "SHARES_WORK", False)
+    monkeypatch.setattr(kernels, "place_points", lambda *features: pytest.fail("compiled"))
     for points, dtype in ((2**13 - 1, torch.float32), (2**13, torch.float64)):
         PermutohedralLattice(torch.zeros(points, 2, dtype=dtype))
     assert not asked
