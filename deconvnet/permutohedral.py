@@ -9,7 +9,8 @@ reaches only vertices that touch some point, so the sums are approximate.
 
 Source: Adams, Baek, Davis, *Fast High-Dimensional Filtering Using the Permutohedral Lattice*,
 Eurographics 2010. Where they look vertices up in a hash table, this module sorts integer keys:
-tensor operations only, in a fixed order.
+tensor operations only, in a fixed order. On a CPU, compiled loops can stand in for many of them
+(:mod:`deconvnet.crf_kernels`).
 """
 
 from __future__ import annotations
