@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -63,13 +64,36 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shapes(root, train=12, val=6, workers=1, progress=False)
 
 
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """PyTorch computes on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Sums in one order, so that two processes can be compared bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Also where the tests run on one each."""
+    with torch_threads(2):
+        yield
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """More than two, of which a loop may want only some."""
+    with torch_threads(3):
+        yield
 
 
 def go_without(what: str) -> NoReturn:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from conftest import torch_threads
 from torch import Tensor
 
 from deconvnet import crf, permutohedral
@@ -27,16 +28,6 @@ def without(monkeypatch: pytest.MonkeyPatch, call: Callable) -> object:
     with monkeypatch.context() as patch:
         patch.setattr(permutohedral, "compiled_kernels", lambda module: None)
         return call()
-
-
-def on_threads(number: int, call: Callable) -> object:
-    """What so many threads give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        return call()
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- softmax -----------------------------------------------------------------------------------
@@ -168,7 +159,12 @@ def facts(lattice: PermutohedralLattice) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dimensions", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("points", [1, 2, 64, 301])
 def test_the_lattice_is_the_one_that_tensors_build(
-    points: int, dimensions: int, original: bool, everywhere, monkeypatch: pytest.MonkeyPatch
+    points: int,
+    dimensions: int,
+    original: bool,
+    everywhere,
+    three_threads,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "threads_for", lambda values: 3)
     generator = torch.Generator().manual_seed(0)
@@ -197,7 +193,11 @@ def test_the_number_of_threads_changes_nothing(everywhere, monkeypatch) -> None:
         return [mean_field(unary, fields, 3), *facts(fields[1].filter).values()]
 
     monkeypatch.setattr(kernels, "threads_for", lambda values: torch.get_num_threads())
-    for one, three in zip(on_threads(1, refine), on_threads(3, refine), strict=True):
+    answers = []
+    for threads in (1, 3):
+        with torch_threads(threads):
+            answers.append(refine())
+    for one, three in zip(*answers, strict=True):
         assert torch.equal(one, three)
 
 

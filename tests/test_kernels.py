@@ -28,7 +28,11 @@ openmp = pytest.importorskip("deconvnet.openmp", reason="needs Numba")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "layout"), [*itertools.product(SHAPES, LAYOUTS)])
 def test_same_values_as_tensors(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    three_threads,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(unpooling, "COMPILED_FROM", 0)
     monkeypatch.setattr(openmp, "VALUES_A_THREAD", 64)  # so that threads share even these
@@ -150,14 +154,6 @@ def test_a_relu_is_done_on_the_way_out() -> None:
     torch.testing.assert_close(layer(x), convolution(x).relu(), atol=2e-5, rtol=1e-4)
     x[0, 0, 0, 0] = torch.nan
     assert layer(x)[0, :, 0, 0].isnan().all()
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_shares_keep_their_order_and_run_on_one_thread_each(two_threads) -> None:

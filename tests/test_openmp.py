@@ -29,14 +29,6 @@ def counting_loops():
     return run
 
 
-@pytest.fixture
-def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 100])
 def test_every_row_is_done_once(rows: int, threads: int, three_threads) -> None:
